@@ -1,0 +1,31 @@
+"""The errors a user can cause. Each names the key or file, its value, and the cure; none shows a traceback.
+
+Invariants of our own code are `assert`s; these classes are for what a person can mend.
+"""
+
+
+class UserError(ValueError):
+    """Base of the family: `str(error)` is one message a person can act on."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration that cannot run: unknown key, wrong type, numbers that do not fit each other."""
+
+    def __init__(self, *problems: str) -> None:
+        """`problems`: every problem found, each one sentence or two; they are reported together."""
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class DataError(UserError):
+    """Input that is missing, unreadable, or not what its name says."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run directory that is missing, damaged, or belongs to another run."""
+
+
+class SetupError(UserError):
+    """The machine lacks something: a package (names the extra), a compiler, a device, a permission."""

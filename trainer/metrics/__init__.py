@@ -1,0 +1,71 @@
+"""Metrics: facts flow out, observers do not reach in.
+
+`meter.py` turns measurements into a frozen `StepInfo` (pure arithmetic, injected clock). `sinks.py` holds the observers:
+`metrics.jsonl` (always on, the truth), the console, and in `wandb.py` Weights & Biases. A sink that fails is reported
+once and switched off; it never stops the training.
+
+The contract of a sink: `open(run)` once on rank 0 after the process group exists; `log(info)` per logged step;
+`log_evaluation(step, metrics)`; `event(step, message)`; `close(status)`. No method may block for long or raise to the caller
+(`SafeSinks` guards them all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What is known after an optimizer step. `metrics.jsonl` carries these names as they are.
+
+    loss: objective per target token over the global batch, nats; tokens, samples: totals since the first step;
+    target_tokens: positions with loss in this step's global batch; padding_fraction: padding / positions since the last
+    logged step; step_seconds: mean since the last logged step; loader_wait_seconds: mean wait for data per step since then;
+    mfu: model FLOP/s over the peak, or None where the peak is unknown; memory_bytes: peak resident (CPU) or allocated (GPU)
+    memory of the largest rank; skipped_steps: steps without an update so far (fp16 overflow).
+    """
+
+    step: int
+    tokens: int
+    samples: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    lr: float
+    step_seconds: float
+    tokens_per_second: float
+    target_tokens: int
+    padding_fraction: float
+    loader_wait_seconds: float
+    mfu: float | None
+    memory_bytes: int
+    skipped_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What a sink may know of the run when it opens. `config`: resolved, plain Python containers."""
+
+    name: str
+    directory: Path
+    config: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    total_steps: int
+    first_step: int
+
+
+class Sink(Protocol):
+    """See the module's docstring."""
+
+    def open(self, run: RunInfo) -> None: ...
+
+    def log(self, info: StepInfo) -> None: ...
+
+    def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def event(self, step: int, message: str) -> None: ...
+
+    def close(self, status: str) -> None: ...

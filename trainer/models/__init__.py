@@ -1,0 +1,28 @@
+"""Models: single-device code, one readable file each. Parallelism and precision are applied from outside.
+
+The contract of a model (an `nn.Module`; build it by `_target_`, every hyper-parameter an argument):
+
+* `forward(batch) -> Tensor`: logits. `batch` is the mapping of tensors that the task's `collate` made.
+  Shapes: B samples, S source positions, T target positions, V vocabulary, C classes.
+  - encoder-decoder: `source_ids` [B,S] int64, `source_mask` [B,S] bool (True = real token),
+    `decoder_input_ids` [B,T] int64 -> logits [B,T,V]
+  - decoder-only: `input_ids` [B,T] int64, optional `attention_mask` [B,T] bool -> logits [B,T,V]
+  - classifier: `inputs` [B,...] float -> logits [B,C]
+  Logits come in the parameters' dtype; the task computes the loss in fp32.
+* `reset_parameters(generator)`: fills every parameter in place from `torch.Generator`, in the order of `named_parameters()`;
+  the only place of initialisation (`__init__` leaves it to `reset_parameters` via `torch.nn.init` calls in it). It must work
+  after the module was built on the meta device and materialised.
+* `flops_per_sample(**lengths) -> float`: floating-point operations of forward + backward for one sample
+  (source_length, target_length; 6 x matrix parameters x tokens plus the attention term, Kaplan et al. 2020, PaLM appendix B).
+* `max_positions: int | None`: the longest sequence it can take (None = any).
+* `vocab_size: int` where it has one.
+
+Models that generate text also have (see `trainer.generate`):
+
+* `start_decoding(batch) -> DecoderState`: runs the encoder (or the prompt) once. `batch` as above without the decoder input.
+* `decode_step(state, token_ids [R]) -> logits [R,V]`: one position for R rows (batch x beams), extending the state's cache.
+* `DecoderState.select(row_indices [R'])`: keeps/reorders/repeats rows (used for beams), returning the state to go on with.
+
+A parameter used outside its own module's `forward` breaks ZeRO-3, which gathers parameters by module: a tied output head
+therefore goes through the embedding module's `forward`, never through `embedding.weight` from elsewhere.
+"""

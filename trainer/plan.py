@@ -1,0 +1,88 @@
+"""All batch arithmetic: configuration + world size -> one frozen `RunPlan`. Pure; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """How a global batch is split. All sizes in samples.
+
+    global_size = rank_size x world_size, and, unless `micro_tokens` rules, rank_size = micro_size x accumulation.
+    With a token budget the number of micro-batches varies by step; `micro_size` and `accumulation` are then None.
+    """
+
+    world_size: int
+    global_size: int
+    rank_size: int
+    micro_size: int | None
+    accumulation: int | None
+    micro_tokens: int | None
+    precision: str
+    engine: str
+    zero_stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    clip_norm: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, for plan.json and for people."""
+        return asdict(self)
+
+
+def nearest_multiples(value: int, divisor: int) -> list[int]:
+    """The positive multiples of `divisor` next to `value` (below and above)."""
+    below = value // divisor * divisor
+    return [multiple for multiple in (below, below + divisor) if multiple > 0]
+
+
+def make_plan(config: Config, world_size: int) -> RunPlan:
+    """Derive the split of the global batch over `world_size` ranks.
+
+    Raises ConfigError with every number that does not fit and the nearest that do.
+    """
+    batch = config.batch
+    problems: list[str] = []
+    if batch.micro_size is not None and batch.micro_tokens is not None:
+        problems.append(
+            f"batch.micro_size={batch.micro_size} and batch.micro_tokens={batch.micro_tokens} are both set;"
+            " set one of them to null."
+        )
+    if batch.global_size % world_size:
+        nearest = " or ".join(map(str, nearest_multiples(batch.global_size, world_size)))
+        problems.append(
+            f"batch.global_size={batch.global_size} does not divide over {world_size} ranks; use {nearest}."
+        )
+    rank_size = batch.global_size // world_size
+    micro_size = None if batch.micro_tokens is not None else (batch.micro_size or rank_size)
+    if not problems and micro_size is not None and rank_size % micro_size:
+        fitting = sorted((d for d in range(1, rank_size + 1) if rank_size % d == 0), key=lambda d: abs(d - micro_size))
+        nearest = " or ".join(map(str, fitting[:2]))
+        problems.append(
+            f"batch.micro_size={micro_size} does not divide the {rank_size} samples of each rank"
+            f" (batch.global_size={batch.global_size} / {world_size} ranks); use {nearest}."
+        )
+    if problems:
+        raise ConfigError(*problems)
+    zero = config.engine.kind == "zero"
+    return RunPlan(
+        world_size=world_size,
+        global_size=batch.global_size,
+        rank_size=rank_size,
+        micro_size=micro_size,
+        accumulation=None if micro_size is None else rank_size // micro_size,
+        micro_tokens=batch.micro_tokens,
+        precision=str(config.precision),
+        engine=str(config.engine.kind),
+        zero_stage=config.engine.stage if zero else 0,
+        offload_optimizer=config.engine.offload_optimizer == "cpu",
+        offload_parameters=config.engine.offload_parameters == "cpu",
+        clip_norm=config.clip_norm,
+    )

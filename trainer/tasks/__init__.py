@@ -1,0 +1,85 @@
+"""Tasks: what a record becomes, how samples make a batch, the loss of a batch, and what is measured.
+
+One file per objective. A task is built by `_target_` with its options plus `tokenizer` (or None). The contract is `Task` below.
+Every batch has `labels`; `IGNORE` (-100) there means "this position carries no loss". A batch whose labels are all IGNORE
+weighs nothing: that is how ranks that ran out of data keep step with the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+IGNORE = -100
+
+Record = Mapping[str, Any]
+"""A row of the source, as read."""
+
+Batch = dict[str, "torch.Tensor"]
+"""Tensors of one micro-batch; first dimension = samples; `labels` always present."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A record made ready for batching.
+
+    fields: arrays by name (token ids int32, inputs float32); length: positions it takes in a batch (the key of length
+    bucketing; for pairs the source and target lengths are compared in turn, so `length` is a tuple's maximum);
+    num_target_tokens: positions that will carry loss.
+    """
+
+    fields: Mapping[str, np.ndarray[Any, Any]]
+    length: int
+    num_target_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record the task cannot use; `reason` names the column and what is wrong with it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """Sums over the target tokens of one micro-batch, to be divided by the *global* number of target tokens.
+
+    objective: scalar fp32 tensor with gradient, what training minimises (label smoothing and the like included);
+    nll: scalar fp32 tensor without gradient, the plain negative log-likelihood in nats;
+    num_target_tokens, num_correct: scalar int64 tensors.
+    """
+
+    objective: torch.Tensor
+    nll: torch.Tensor
+    num_target_tokens: torch.Tensor
+    num_correct: torch.Tensor
+
+
+class Task(Protocol):
+    """See the module's docstring."""
+
+    required_columns: Sequence[str]
+    """Dotted column paths that every record must have; checked when a data set is opened."""
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
+        """Encode many records at once (the tokenizer is batched); one result per record, in order."""
+
+    def collate(self, samples: Sequence[Encoded]) -> Batch:
+        """Pad `samples` (at least one) to a common length."""
+
+    def loss(self, model: Any, batch: Batch) -> LossSums:
+        """Run `model(batch)` and sum the loss over the target tokens."""
+
+    def num_positions(self, batch: Batch) -> tuple[int, int]:
+        """(all positions, padding positions) of a batch, source and target together."""
+
+    def flops_per_sample_lengths(self, batch: Batch) -> dict[str, int]:
+        """The padded lengths to hand to `model.flops_per_sample` (source_length, target_length), or {} if it takes none."""
+
+    def headline(self) -> tuple[str, str]:
+        """The metric by which checkpoints are compared and its direction: ("eval/loss", "min")."""
