@@ -1,0 +1,106 @@
+"""The process group, and the few collectives on plain Python values that the trainer needs.
+
+Every function works in a single process without a process group, so callers never ask whether there is one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's rank in the whole job; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes in the whole job; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """The accelerator of this process by LOCAL_RANK, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def launched_ranks() -> int:
+    """The number of processes that the launcher (torchrun, deepspeed, srun) announced in WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group(always: bool = False, timeout_seconds: float = 1800.0) -> Iterator[None]:
+    """Join the launcher's process group (NCCL on GPUs, gloo on CPU) and leave it at the end.
+
+    always: make a group of one even without a launcher, as DeepSpeed needs; a `HashStore` stands in for the rendezvous,
+    so no port is taken.
+    """
+    if launched_ranks() == 1 and not always:
+        yield
+        return
+    where = device()
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if launched_ranks() == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """Element-wise sum over all ranks (float64: counts stay exact to 2^53)."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(values: Sequence[float]) -> list[float]:
+    """Element-wise maximum over all ranks."""
+    return _all_reduce(values, dist.ReduceOp.MAX)
+
+
+def _all_reduce(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=operation)
+    return [float(value) for value in tensor.tolist()]
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """Every rank's (small, picklable) value, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[T | None] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered  # type: ignore[return-value]  # every slot is filled now
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        all_reduce_sum([0.0])
