@@ -6,7 +6,7 @@ Every function works in a single process without a process group, so callers nev
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -104,3 +104,22 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
         all_reduce_sum([0.0])
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone and give its value to every rank.
+
+    What it raises is raised on every rank, so that no rank waits for one that has given up.
+    """
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if rank() == 0:
+        try:
+            outcome = (action(), None)
+        except Exception as error:
+            if world_size() == 1:
+                raise
+            outcome = (None, error)
+    value, error = broadcast_object(outcome)
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]  # the action's own value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
     from trainer.tasks import Batch, LossSums, Task
 
+BuildModel = Callable[[], "torch.nn.Module"]
+"""Builds the model on the current default device and dtype; called inside the engine's own context."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
     """A piece of one parameter's training state that this rank owns.
 
-    parameter: name in the model; key: "master" (fp32 weights) or an optimizer state ("exp_avg", "step" ...);
-    start: where the piece begins in the flattened parameter; shape: of the whole parameter;
-    tensor: a live flat view: reading it saves, writing into it loads.
+    parameter: name in the model; key: "master" (fp32 weights) or an optimizer state ("exp_avg" ...);
+    start: where the piece begins in the flattened whole; shape: of the whole; tensor: a live flat view: reading it saves,
+    writing into it loads.
     """
 
     parameter: str
@@ -33,34 +36,41 @@ class Engine(Protocol):
     """Holds model and optimizer on this rank; every method is called by all ranks together."""
 
     module: torch.nn.Module
-    """The model as built; `forward` goes through `__call__` of `model`."""
+    """The model as built; decoding calls its methods."""
 
-    @property
-    def model(self) -> torch.nn.Module:
-        """What tasks call: runs `forward` with the engine's hooks."""
+    model: torch.nn.Module
+    """What tasks call: runs `forward` with the engine's hooks."""
+
+    skipped_steps: int
+    """Steps without an update so far, because a gradient overflowed in fp16."""
+
+    replicated: bool
+    """True when every rank holds the whole training state (its fragments are the same everywhere)."""
+
+    ranks_must_step_together: bool
+    """True when `forward` is a collective (ZeRO-3): every rank must run the same number of forward passes."""
 
     def forward_backward(self, task: Task, batch: Batch, scale: float, last: bool) -> LossSums:
         """Loss of one micro-batch and its gradient x `scale`, added to the gradients of this step.
 
-        `last`: no micro-batch of this step follows (gradients may be reduced now).
+        Gradients are *summed* over micro-batches and ranks; with scale = 1 / target tokens of the global batch the result is
+        the gradient of the mean over its tokens. `last`: no micro-batch of this step follows (gradients may be reduced now).
         """
 
     def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr` (each group times its own factor), clear gradients; the global norm before clipping."""
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps without an update so far, because a gradient overflowed in fp16."""
+        """Clip, update with learning rate `lr`, clear the gradients; returns the global gradient norm before clipping."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's pieces of the training state; over all ranks they cover every parameter at least once."""
+        """This rank's pieces of the training state; over all ranks they cover all of it at least once.
 
-    def after_load(self) -> None:
-        """Make the working parameters agree with the masters just written through `fragments`."""
+        Optimizer states exist from the first call on, even before the first step.
+        """
+
+    def scalars(self) -> dict[str, float]:
+        """What else must be kept, equal on all ranks: the optimizer's own step count, the loss scale."""
+
+    def after_load(self, scalars: Mapping[str, float]) -> None:
+        """Make everything agree with the masters and states just written through `fragments`, and with `scalars`."""
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode: dropout off, no gradients; restores training mode on leaving."""
-
-    @property
-    def ranks_must_step_together(self) -> bool:
-        """True when `forward` is a collective (ZeRO-3): every rank must run the same number of forward passes."""

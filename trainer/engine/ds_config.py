@@ -1,0 +1,43 @@
+"""RunPlan -> DeepSpeed's JSON. Pure, and the only file that spells DeepSpeed's keys.
+
+The JSON is output: it is written to the run directory and handed to DeepSpeed, never read from a user. `train_batch_size` is
+not in it: DeepSpeed would assert its own product of numbers that we derive once, in the plan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.plan import RunPlan
+
+
+def make_ds_config(plan: RunPlan) -> dict[str, Any]:
+    """The dictionary given to `deepspeed.initialize` for this plan; {} when the engine is not ZeRO."""
+    if plan.engine != "zero":
+        return {}
+    zero: dict[str, Any] = {
+        "stage": plan.zero_stage,
+        "overlap_comm": False,  # set to True by `trainer.engine.zero` where there are streams to overlap on
+        "contiguous_gradients": True,
+    }
+    if plan.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if plan.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_size or 1,
+        # With a token budget the number of micro-batches varies; any number above 1 makes offload accumulate.
+        "gradient_accumulation_steps": plan.accumulation or 2,
+        "gradient_clipping": plan.clip_norm or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }
+    if plan.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif plan.precision == "fp16":
+        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    return settings

@@ -1,0 +1,69 @@
+"""What the engines share in handling a torch optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+
+def materialise_state(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:
+    """Let the optimizer create its state for `parameters` now instead of at its first step.
+
+    A step with learning rate 0 on gradients of zero leaves the parameters as they are; the counters it advances are set
+    by `load_scalars` afterwards.
+    """
+    missing = [parameter for parameter in parameters if parameter not in optimizer.state]
+    if not missing:
+        return
+    saved_groups = [(group["params"], group["lr"]) for group in optimizer.param_groups]
+    saved_grads = [parameter.grad for parameter in missing]
+    for group, (_, _) in zip(optimizer.param_groups, saved_groups, strict=True):
+        group["params"], group["lr"] = [], 0.0
+    optimizer.param_groups[0]["params"] = missing
+    for parameter in missing:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, grad in zip(missing, saved_grads, strict=True):
+        parameter.grad = grad
+        set_step(optimizer, parameter, 0.0)
+    for group, (params, lr) in zip(optimizer.param_groups, saved_groups, strict=True):
+        group["params"], group["lr"] = params, lr
+
+
+def get_step(optimizer: torch.optim.Optimizer) -> float:
+    """The optimizer's own count of updates (bias correction depends on it); 0 where it keeps none."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            return float(state["step"])
+    return 0.0
+
+
+def set_step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, step: float) -> None:
+    """Set the count of updates of one parameter, keeping its type (tensor or number)."""
+    state = optimizer.state[parameter]
+    if "step" in state:
+        if isinstance(state["step"], torch.Tensor):
+            state["step"].fill_(step)
+        else:
+            state["step"] = type(state["step"])(step)
+
+
+def tensor_states(state: Mapping[str, object]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The states worth saving: tensors other than the step count."""
+    for key, value in sorted(state.items()):
+        if key != "step" and isinstance(value, torch.Tensor):
+            yield key, value
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients inside; training mode again afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,132 @@
+"""PyTorch alone: every rank holds the whole training state; gradients are summed over the ranks.
+
+Mixed precision is what DeepSpeed does: parameters, activations and gradients in bf16, masters and optimizer states in fp32.
+All parameters live in one flat buffer, and so do gradients and masters: casting, reducing and measuring the norm
+are each one operation, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+
+from trainer import distributed
+from trainer.engine.base import Fragment
+from trainer.engine.optimizer_state import (
+    evaluation_mode,
+    get_step,
+    materialise_state,
+    set_step,
+    tensor_states,
+)
+from trainer.optim import set_learning_rate
+from trainer.tasks import Batch, LossSums, Task
+
+BuildOptimizer = Callable[[Iterable[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
+
+_ALIGNMENT = 64  # elements; every parameter begins on a cache line, as in its own allocation
+
+
+class PlainEngine:
+    """See `trainer.engine.base.Engine`. `module` must be in fp32; it is converted to `dtype` here."""
+
+    replicated = True
+    ranks_must_step_together = False
+    skipped_steps = 0
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        build_optimizer: BuildOptimizer,
+        dtype: torch.dtype,
+        clip_norm: float | None,
+        compiled: bool = False,
+    ) -> None:
+        self._clip_norm = clip_norm
+        self._names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._offsets = _offsets(parameters)
+        self._masters_flat = self._flat_copy(parameters, torch.float32)
+        module.to(distributed.device(), dtype)
+        self._working_flat = self._masters_flat if dtype == torch.float32 else self._masters_flat.to(dtype)
+        for parameter, view in zip(parameters, self._views(self._working_flat, parameters), strict=True):
+            parameter.data = view
+        self._masters = [torch.nn.Parameter(view) for view in self._views(self._masters_flat, parameters)]
+        self._gradients_flat = torch.zeros_like(self._working_flat)
+        self._sum_flat = self._gradients_flat if dtype == torch.float32 else torch.zeros_like(self._masters_flat)
+        for parameter, view in zip(parameters, self._views(self._gradients_flat, parameters), strict=True):
+            parameter.grad = view
+        for master, view in zip(self._masters, self._views(self._sum_flat, parameters), strict=True):
+            master.grad = view
+        self.module = module
+        self.model: torch.nn.Module = torch.compile(module, dynamic=True) if compiled else module  # type: ignore[assignment]
+        self._optimizer = build_optimizer(zip(self._names, self._masters, strict=True))
+
+    def _flat_copy(self, parameters: list[torch.nn.Parameter], dtype: torch.dtype) -> torch.Tensor:
+        flat = torch.zeros(self._offsets[-1], dtype=dtype, device=distributed.device())
+        for parameter, view in zip(parameters, self._views(flat, parameters), strict=True):
+            view.copy_(parameter.detach())
+        return flat
+
+    def _views(self, flat: torch.Tensor, like: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+        return [
+            flat[start : start + parameter.numel()].view(parameter.shape)
+            for start, parameter in zip(self._offsets, like, strict=False)
+        ]
+
+    def forward_backward(self, task: Task, batch: Batch, scale: float, last: bool) -> LossSums:
+        """See the contract. In bf16 the micro-batches are summed in fp32."""
+        sums = task.loss(self.model, batch)
+        (sums.objective * scale).backward()  # type: ignore[no-untyped-call]
+        if self._sum_flat is not self._gradients_flat:
+            self._sum_flat.add_(self._gradients_flat)
+            self._gradients_flat.zero_()
+        if last and distributed.world_size() > 1:
+            dist.all_reduce(self._sum_flat)
+        return sums
+
+    def step(self, lr: float) -> float:
+        """See the contract."""
+        norm = float(torch.linalg.vector_norm(self._sum_flat))
+        if self._clip_norm is not None and norm > self._clip_norm:
+            self._sum_flat.mul_(self._clip_norm / norm)
+        set_learning_rate(self._optimizer, lr)
+        self._optimizer.step()
+        if self._working_flat is not self._masters_flat:
+            self._working_flat.copy_(self._masters_flat)
+        self._sum_flat.zero_()
+        return norm
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See the contract: everything, on every rank."""
+        materialise_state(self._optimizer, list(self._masters))
+        for name, master in zip(self._names, self._masters, strict=True):
+            yield Fragment(name, "master", 0, tuple(master.shape), master.detach().view(-1))
+            for key, state in tensor_states(self._optimizer.state[master]):
+                yield Fragment(name, key, 0, tuple(state.shape), state.view(-1))
+
+    def scalars(self) -> dict[str, float]:
+        """See the contract."""
+        return {"step": get_step(self._optimizer)}
+
+    def after_load(self, scalars: Mapping[str, float]) -> None:
+        """See the contract."""
+        for master in self._masters:
+            set_step(self._optimizer, master, scalars["step"])
+        if self._working_flat is not self._masters_flat:
+            self._working_flat.copy_(self._masters_flat)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """See the contract."""
+        return evaluation_mode(self.module)
+
+
+def _offsets(parameters: list[torch.nn.Parameter]) -> list[int]:
+    """Where each parameter begins in the flat buffer, and last its length."""
+    offsets = [0]
+    for parameter in parameters:
+        offsets.append(offsets[-1] + -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT)
+    return offsets

@@ -1,0 +1,162 @@
+"""DeepSpeed ZeRO behind the engine's contract; the only importer of `deepspeed`.
+
+DeepSpeed averages gradients over ranks and divides by the accumulation; the contract sums. So the loss is scaled by the world size
+here and the division by accumulation is switched off. Accumulation boundaries are DeepSpeed's own (`set_gradient_accumulation_boundary`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer import distributed
+from trainer.engine.base import BuildModel, Fragment
+from trainer.engine.optimizer_state import evaluation_mode, get_step, materialise_state, set_step, tensor_states
+from trainer.engine.plain import BuildOptimizer
+from trainer.optim import set_learning_rate
+from trainer.tasks import Batch, LossSums, Task
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)
+    import deepspeed
+    from deepspeed.runtime.utils import all_gather_dp_groups
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Where a piece of a parameter lives: `numel` elements from `start` of the parameter, at `offset` in `flat` (fp32)."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    start: int
+    flat: torch.Tensor
+    offset: int
+    numel: int
+
+
+class ZeroEngine:
+    """See `trainer.engine.base.Engine`."""
+
+    replicated = False
+
+    def __init__(
+        self,
+        build_model: BuildModel,
+        build_optimizer: BuildOptimizer,
+        ds_config: dict[str, Any],
+        compiled: bool = False,
+    ) -> None:
+        """`build_model` runs inside `deepspeed.zero.Init` for stage 3, which partitions each module as soon as it exists."""
+        self.stage: int = ds_config["zero_optimization"]["stage"]
+        self.ranks_must_step_together = self.stage == 3
+        with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=self.stage == 3):
+            self.module = build_model()
+        if compiled:
+            self.module.compile(dynamic=True)
+        optimizer = build_optimizer(self.module.named_parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=ds_config, dist_init_required=False
+            )
+        self.model: torch.nn.Module = self._engine
+        self._base_optimizer: torch.optim.Optimizer = self._optimizer.optimizer
+
+    @property
+    def skipped_steps(self) -> int:  # type: ignore[override]
+        """See the contract."""
+        return int(self._engine.skipped_steps)
+
+    def forward_backward(self, task: Task, batch: Batch, scale: float, last: bool) -> LossSums:
+        """See the contract."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        sums = task.loss(self.model, batch)
+        self._engine.backward(sums.objective * (scale * distributed.world_size()), scale_wrt_gas=False)
+        return sums
+
+    def step(self, lr: float) -> float:
+        """See the contract."""
+        set_learning_rate(self._base_optimizer, lr)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def _flats(self) -> list[torch.Tensor]:
+        """The fp32 masters of this rank: one flat tensor a parameter group (a sub-group in stage 3)."""
+        for attribute in (
+            "fp32_partitioned_groups_flat",
+            "fp32_groups_flat_partition",
+            "single_partition_of_fp32_groups",
+        ):
+            if hasattr(self._optimizer, attribute):
+                return list(getattr(self._optimizer, attribute))
+        raise AssertionError(f"no fp32 partitions in {type(self._optimizer).__name__}")
+
+    def _pieces(self) -> Iterator[_Piece]:
+        flats = self._flats()
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self.stage == 3:
+                group, offset, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+                start = distributed.rank() * parameter.ds_tensor.ds_numel
+                numel = max(0, min(size, parameter.ds_numel - start))  # the last partition is padded
+                yield _Piece(name, tuple(parameter.ds_shape), start, flats[group], offset, numel)
+            elif parameter._hp_mapping is not None:
+                mapping = parameter._hp_mapping
+                where, address = mapping.lp_fragment_address, mapping.hp_fragment_address
+                flat = flats[mapping.param_group_index]
+                yield _Piece(name, tuple(parameter.shape), where.start, flat, address.start, address.numel)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See the contract: exactly what ZeRO left on this rank."""
+        materialise_state(self._base_optimizer, self._flats())
+        for piece in self._pieces():
+            if piece.numel == 0:
+                continue
+            states = [("master", piece.flat), *tensor_states(self._base_optimizer.state[piece.flat])]
+            for key, flat in states:
+                view = flat.detach().narrow(0, piece.offset, piece.numel)
+                yield Fragment(piece.parameter, key, piece.start, piece.shape, view)
+
+    def scalars(self) -> dict[str, float]:
+        """See the contract."""
+        scale = float(getattr(self._optimizer, "loss_scale", 1.0))
+        return {"step": get_step(self._base_optimizer), "loss_scale": scale}
+
+    def after_load(self, scalars: Mapping[str, float]) -> None:
+        """See the contract."""
+        for flat in self._flats():
+            set_step(self._base_optimizer, flat, scalars["step"])
+        optimizer = self._optimizer
+        if self.stage == 3:
+            optimizer._partition_all_parameters()  # parameters kept gathered would keep their old values
+            for group in range(len(self._flats())):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        elif hasattr(optimizer, "update_lp_params"):
+            optimizer.update_lp_params()
+        else:
+            for parts, flat in zip(optimizer.parallel_partitioned_bit16_groups, self._flats(), strict=True):
+                parts[distributed.rank()].data.copy_(flat.data)
+            all_gather_dp_groups(
+                groups_flat=optimizer.bit16_groups_flat,
+                partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+                dp_process_group=optimizer.real_dp_process_group,
+                start_alignment_factor=optimizer.nccl_start_alignment_factor,
+                allgather_bucket_size=optimizer.allgather_bucket_size,
+            )
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """See the contract."""
+        return evaluation_mode(self._engine)
