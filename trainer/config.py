@@ -1,16 +1,25 @@
 """The schema of every closed fact, and the strict way from Hydra's composition to a frozen `Config`.
 
-Facts are dataclasses; a key that is not here is an error with a suggestion. Parts (model, task, data, tokenizer, optimizer,
-schedule, logging) are mappings with a `_target_`; `trainer.build` binds them to the target's signature.
+Facts are dataclasses; a key that is not here is an error with a suggestion. Parts (model, task, data, tokenizer,
+optimizer, schedule, logging) are mappings with a `_target_`; `trainer.build` binds them to the target's signature.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from enum import Enum, StrEnum
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from yaml import YAMLError
+
+from trainer.errors import ConfigError
+from trainer.wording import describe, did_you_mean, flatten
 
 
 class Precision(StrEnum):
@@ -34,6 +43,14 @@ class EngineKind(StrEnum):
 
     plain = "plain"
     zero = "zero"
+
+
+class FinalSplit(StrEnum):
+    """The split to evaluate when training has ended."""
+
+    test = "test"
+    validation = "validation"
+    none = "none"
 
 
 class Offload(StrEnum):
@@ -66,7 +83,7 @@ class EvalConfig:
     every: int = 0  # steps; 0: only at the end
     max_samples: int | None = None
     generate: bool = True  # also decode (BLEU, chrF ...); costs far more than the loss
-    final_split: str = "test"  # evaluated once at the end of the run: test, validation or none
+    final_split: FinalSplit = FinalSplit.test  # evaluated once at the end of the run
 
 
 @dataclass(frozen=True)
@@ -124,10 +141,218 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
-    model: Any = MISSING
-    task: Any = MISSING
-    data: Any = MISSING
-    tokenizer: Any = None
-    optimizer: Any = MISSING
-    schedule: Any = MISSING
-    logging: Any = None
+    allow_targets: list[str] = field(default_factory=list)  # prefixes of your own code that `_target_` may name
+    model: dict[str, Any] = MISSING
+    task: dict[str, Any] = MISSING
+    data: dict[str, Any] = MISSING
+    tokenizer: dict[str, Any] | None = None
+    optimizer: dict[str, Any] = MISSING
+    schedule: dict[str, Any] = MISSING
+    logging: dict[str, Any] = field(default_factory=dict)  # sinks by name, each a part
+
+
+PARTS = ("model", "task", "data", "tokenizer", "optimizer", "schedule")
+"""The keys that hold one part each; `logging` holds parts by name."""
+
+_LEAST = {
+    **dict.fromkeys(("seed", "eval.every", "checkpoint.every", "engine.stage"), 0),
+    **dict.fromkeys(("steps", "log.every", "eval.max_samples", "stop.tokens", "stop.patience", "checkpoint.keep"), 1),
+    **dict.fromkeys(("batch.global_size", "batch.micro_size", "batch.micro_tokens"), 1),
+}
+_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes")
+
+_FREE = (
+    *("name", "runs_dir", "steps", "resume", "allow_targets", "log", "eval", "stop", "checkpoint", "logging", "debug"),
+    *("engine", "batch.micro_size", "batch.micro_tokens", "data.trace"),
+)
+"""Keys, with all below them, that may change when a run goes on: what a step learns does not depend on them."""
+
+
+def to_config(
+    composed: DictConfig | Mapping[str, Any], part_problems: Callable[[Mapping[str, Any]], list[str]] | None = None
+) -> Config:
+    """The frozen configuration of a composition: Hydra's, or the content of a run's config.yaml.
+
+    Interpolations are resolved. Raises ConfigError with every unknown key, missing value, wrong type and impossible
+    number, and, with `trainer.build.part_problems`, every argument that does not fit its part.
+    """
+    problems: list[str] = []
+    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
+    values = _read(Config, _resolve(node, "", problems), "", problems)
+    problems += _impossible(dict(flatten(values)))
+    if part_problems is not None:
+        problems += part_problems(values)
+    if problems:
+        raise ConfigError(*problems)
+    config: Config = _construct(Config, values)
+    return config
+
+
+def _resolve(node: DictConfig | ListConfig, prefix: str, problems: list[str]) -> Any:
+    """Plain containers with every interpolation replaced; `???` stays in facts, and is a problem in parts."""
+    keys: Iterable[Any] = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    plain: dict[Any, Any] = {}
+    for key in keys:
+        try:
+            value = MISSING if OmegaConf.is_missing(node, key) else node[key]
+        except InterpolationToMissingValueError:
+            plain[key] = MISSING  # the key it points to is reported
+            continue
+        except OmegaConfBaseException as error:
+            problems.append(f"{prefix}{key} cannot be resolved: {str(error).splitlines()[0]}.")
+            plain[key] = MISSING
+            continue
+        if value == MISSING and prefix.startswith(tuple(f"{part}." for part in (*PARTS, "logging"))):
+            problems.append(_missing(f"{prefix}{key}"))
+        container = isinstance(value, DictConfig | ListConfig)
+        plain[key] = _resolve(value, f"{prefix}{key}.", problems) if container else value
+    return list(plain.values()) if isinstance(node, ListConfig) else plain
+
+
+def _missing(key: str) -> str:
+    return f"{key} has no value; set {key}=..., or choose an experiment=... that sets it."
+
+
+def _read(schema: Any, given: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+    """The good values for the fields of the dataclass `schema`, in their types, nested like it; adds to `problems`."""
+    hints = get_type_hints(schema)
+    values: dict[str, Any] = {}
+    for name in given:
+        if name not in hints:
+            problems.append(
+                f"{prefix}{name} is no key of the configuration{did_you_mean(f'{prefix}{name}', _keys(Config))}"
+            )
+    for entry in fields(schema):
+        name, key, hint = entry.name, prefix + entry.name, hints[entry.name]
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        value = given.get(name, {} if is_dataclass(hint) else default)
+        if value == MISSING:
+            problems.append(_missing(key))
+        elif is_dataclass(hint) and isinstance(value, Mapping):
+            values[name] = _read(hint, value, f"{key}.", problems)
+        elif is_dataclass(hint):
+            problems.append(f"{key}={value!r} is no mapping of the keys {', '.join(get_type_hints(hint))}.")
+        elif key in PARTS or key == "logging":
+            malformed = _malformed(key, value, optional=NoneType in get_args(hint))
+            problems += malformed
+            values |= {} if malformed else {name: value}
+        else:
+            try:
+                values[name] = _convert(schema, name, value)
+            except OmegaConfBaseException:
+                problems.append(f"{key}={value!r} is not {describe(hint)}.")
+    return values
+
+
+def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(schema).items():
+        if is_dataclass(hint):
+            yield from _keys(hint, f"{prefix}{name}.")
+        yield prefix + name
+
+
+def _convert(schema: Any, name: str, value: Any) -> Any:
+    """`value` as the type of the field `name`, by OmegaConf's rules ("10" is a whole number, 1.5 is not)."""
+    merged: Any = getattr(OmegaConf.merge(OmegaConf.structured(schema), {name: value}), name)
+    return OmegaConf.to_container(merged) if isinstance(merged, ListConfig) else merged
+
+
+def _malformed(key: str, value: Any, optional: bool = False) -> list[str]:
+    """What keeps `value` from being a part (for `logging`: parts by name)."""
+    if value is None and optional:
+        return []
+    if key == "logging" and isinstance(value, Mapping):
+        return [problem for name, sink in value.items() for problem in _malformed(f"logging.{name}", sink)]
+    if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
+        return [f"{key}={value!r} is no part: it needs _target_, the dotted path of a class, and its arguments."]
+    return []
+
+
+def _impossible(values: Mapping[str, Any]) -> list[str]:
+    """Well-typed values (by dotted key) that cannot be, alone or together."""
+    problems = [
+        f"{key}={values[key]} is below the least possible value, {least}."
+        for key, least in _LEAST.items()
+        if values.get(key) is not None and values[key] < least
+    ]
+    problems += [
+        f"{key}={values[key]:g} is not above 0; null switches it off."
+        for key in _ABOVE_ZERO
+        if values.get(key) is not None and not 0 < values[key] < float("inf")
+    ]
+    name, stage, kind = values.get("name", "run"), values.get("engine.stage", 0), values.get("engine.kind")
+    if not all(re.fullmatch(r"[\w.,=+@-]{1,200}", folder) and folder.strip(".") for folder in name.split("/")):
+        problems.append(
+            f"name={name!r} must be a folder name (or a/b) of letters, digits and any of . _ - , = + @ without '..'."
+        )
+    if stage > 3 or (kind == EngineKind.plain and stage > 0):
+        problems.append(
+            f"engine.stage={stage} does not go with engine.kind={kind}; choose engine=plain, zero1, zero2 or zero3."
+        )
+    for states, least in (("optimizer", 1), ("parameters", 3)):
+        if values.get(f"engine.offload_{states}") == Offload.cpu and stage < least:
+            problems.append(
+                f"engine.offload_{states}=cpu needs ZeRO stage {least} or higher, and engine.stage={stage};"
+                f" choose engine=zero3_offload, or engine.offload_{states}=none."
+            )
+    if values.get("stop.patience") is not None and values.get("eval.every") == 0:
+        problems.append(
+            f"stop.patience={values['stop.patience']} counts evaluations, and eval.every=0 makes none; set eval.every."
+        )
+    return problems
+
+
+def _construct(schema: Any, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(schema)
+    return schema(
+        **{name: _construct(hints[name], v) if is_dataclass(hints[name]) else v for name, v in values.items()}
+    )
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Plain containers for YAML and JSON: mappings, lists, numbers, texts (enumerations by name), booleans, None."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(below) for key, below in value.items()}
+        return value.value if isinstance(value, Enum) else value
+
+    converted: dict[str, Any] = plain(asdict(config))
+    return converted
+
+
+def config_from_yaml(path: Path) -> Config:
+    """The configuration that a run wrote as its config.yaml. Raises ConfigError, naming the file."""
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}.") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} holds no configuration; it should be a mapping of keys to values.")
+    try:
+        return to_config(loaded)
+    except ConfigError as error:
+        raise ConfigError(*(f"{path}: {problem}" for problem in error.problems)) from error
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key that must not change when a run goes on; empty when `new` may continue `old`.
+
+    A tokenizer's SHA-256 that one side does not know yet is no difference.
+    """
+    before, after = dict(flatten(config_to_dict(old))), dict(flatten(config_to_dict(new)))
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted({*before, *after})
+        if before.get(key, MISSING) != after.get(key, MISSING)
+        and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        and not (key == "tokenizer.sha256" and None in (before.get(key), after.get(key)))
+    ]
+
+
+def with_tokenizer_sha256(config: Config, digest: str) -> Config:
+    """`config` with the SHA-256 of its tokenizer's file written beside the tokenizer's arguments."""
+    assert config.tokenizer is not None, "a run without a tokenizer has no digest of one"
+    return replace(config, tokenizer={**config.tokenizer, "sha256": digest})
