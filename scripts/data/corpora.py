@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
@@ -50,8 +50,10 @@ def split_name(key: str, validation: float, test: float) -> str:
 Pair = Mapping[str, str]
 
 
-def split_pairs(pairs: Iterable[Pair], sides: tuple[str, str], validation: float, test: float) -> dict[str, list[Pair]]:
-    """Deal parallel sentences to the three splits, leak-free.
+def split_pairs(
+    pairs: Iterable[Pair], sides: tuple[str, str], shares: Callable[[Pair], tuple[float, float]]
+) -> dict[str, list[Pair]]:
+    """Deal parallel sentences to the three splits, leak-free. `shares(pair)`: of validation and of test.
 
     A pair goes where the hash of its folded source sends it, so all translations of one sentence, and of its copies
     with other numbers, stay together. Then validation gives up the pairs of which either side occurs (normalised) in
@@ -59,12 +61,11 @@ def split_pairs(pairs: Iterable[Pair], sides: tuple[str, str], validation: float
     """
     splits: dict[str, list[Pair]] = {name: [] for name in SPLITS}
     for pair in pairs:
-        splits[split_name(fold(pair[sides[0]]), validation, test)].append(pair)
+        splits[split_name(fold(pair[sides[0]]), *shares(pair))].append(pair)
     held: set[str] = set()
     for name in ("test", "validation", "train"):
-        kept = [pair for pair in splits[name] if held.isdisjoint(normalise(pair[side]) for side in sides)]
-        held.update(normalise(pair[side]) for pair in kept for side in sides)
-        splits[name] = kept
+        splits[name] = [pair for pair in splits[name] if held.isdisjoint(normalise(pair[side]) for side in sides)]
+        held.update(normalise(pair[side]) for pair in splits[name] for side in sides)
     return splits
 
 

@@ -56,15 +56,20 @@ class Apt:
             half.rename(target)
         return target
 
+    def _cache(self, *words: str) -> str:
+        return subprocess.run(["apt-cache", *self.options, *words], text=True, capture_output=True, check=True).stdout
+
+    def newest(self, pattern: str) -> str:
+        """The package whose whole name matches the regular expression `pattern`; the last in order if several do."""
+        names = [line.split(" ", 1)[0] for line in self._cache("search", "--names-only", f"^{pattern}$").splitlines()]
+        if not names:
+            raise NoApt(f"no package {pattern} in this distribution")
+        return max(names)
+
     def version(self, package: str) -> str:
         """The version that `unpack` takes."""
-        listed = subprocess.run(
-            ["apt-cache", *self.options, "show", "--no-all-versions", package],
-            text=True,
-            capture_output=True,
-            check=True,
-        )
-        return next(line.split(": ", 1)[1] for line in listed.stdout.splitlines() if line.startswith("Version: "))
+        shown = self._cache("show", "--no-all-versions", package)
+        return next(line.split(": ", 1)[1] for line in shown.splitlines() if line.startswith("Version: "))
 
     def lists(self, pattern: str) -> list[tuple[str, str]]:
         """(file name, text) of the downloaded lists whose names match the glob `pattern`, unpacked."""

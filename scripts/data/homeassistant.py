@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     wheel = options.wheel or pip_download(RELEASE, "--python-version", PYTHON)
     out = options.out or CORPORA / f"homeassistant_en_{options.language}"
-    splits = split_pairs(read_pairs(wheel, options.language), ("en", options.language), VALIDATION, TEST)
+    splits = split_pairs(read_pairs(wheel, options.language), ("en", options.language), lambda _: (VALIDATION, TEST))
     for name in SPLITS:
         write_jsonl_gz(out / f"{name}.jsonl.gz", splits[name])
         copied = copy_bleu(splits[name], "en", options.language)
