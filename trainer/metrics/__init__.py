@@ -1,12 +1,12 @@
 """Metrics: facts flow out, observers do not reach in.
 
-`meter.py` turns measurements into a frozen `StepInfo` (pure arithmetic, injected clock). `sinks.py` holds the observers:
-`metrics.jsonl` (always on, the truth), the console, and in `wandb.py` Weights & Biases. A sink that fails is reported
+`meter.py` turns measurements into a frozen `StepInfo` (pure arithmetic, injected clock). The observers are `sinks.py`
+(`metrics.jsonl`, always on, the truth), `console.py` and `wandb.py` (Weights & Biases). A sink that fails is reported
 once and switched off; it never stops the training.
 
 The contract of a sink: `open(run)` once on rank 0 after the process group exists; `log(info)` per logged step;
-`log_evaluation(step, metrics)`; `event(step, message)`; `close(status)`. No method may block for long or raise to the caller
-(`SafeSinks` guards them all).
+`log_evaluation(step, metrics)`, where `split` names a split other than validation; `event(step, message)`;
+`close(status)`. No method may block for long or raise to the caller (`SafeSinks` guards them all).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class StepInfo:
 
     loss: objective per target token over the global batch, nats; tokens, samples: totals since the first step;
     target_tokens: positions with loss in this step's global batch; padding_fraction: padding / positions since the last
-    logged step; step_seconds: mean since the last logged step; loader_wait_seconds: mean wait for data per step since then;
-    mfu: model FLOP/s over the peak, or None where the peak is unknown; memory_bytes: peak resident (CPU) or allocated (GPU)
-    memory of the largest rank; skipped_steps: steps without an update so far (fp16 overflow).
+    logged step; step_seconds: mean since the last logged step; loader_wait_seconds: mean wait for data per step since
+    then; mfu: model FLOP/s over the peak, or None where the peak is unknown; memory_bytes: peak resident (CPU) or
+    allocated (GPU) memory of the largest rank; skipped_steps: steps without an update so far (fp16 overflow).
     """
 
     step: int
@@ -64,7 +64,7 @@ class Sink(Protocol):
 
     def log(self, info: StepInfo) -> None: ...
 
-    def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def log_evaluation(self, step: int, metrics: Mapping[str, float | str]) -> None: ...
 
     def event(self, step: int, message: str) -> None: ...
 

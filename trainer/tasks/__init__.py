@@ -1,15 +1,16 @@
 """Tasks: what a record becomes, how samples make a batch, the loss of a batch, and what is measured.
 
-One file per objective. A task is built by `_target_` with its options plus `tokenizer` (or None). The contract is `Task` below.
-Every batch has `labels`; `IGNORE` (-100) there means "this position carries no loss". A batch whose labels are all IGNORE
-weighs nothing: that is how ranks that ran out of data keep step with the others.
+One file per objective. A task is built by `_target_` with its options plus `tokenizer` (or None). The contract is
+`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text. Every batch has `labels`; `IGNORE` (-100)
+there means "this position carries no loss". A batch whose labels are all IGNORE weighs nothing: that is how ranks that
+ran out of data keep step with the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,9 @@ Record = Mapping[str, Any]
 
 Batch = dict[str, "torch.Tensor"]
 """Tensors of one micro-batch; first dimension = samples; `labels` always present."""
+
+AllFinished = Callable[[bool], bool]
+"""Whether every rank has finished decoding, given whether this one has; a collective where ranks must step together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,9 @@ class Task(Protocol):
     required_columns: Sequence[str]
     """Dotted column paths that every record must have; checked when a data set is opened."""
 
+    max_length: int | None
+    """Positions of the longest sample `encode` gives; must not exceed the model's `max_positions`. None: any."""
+
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
         """Encode many records at once (the tokenizer is batched); one result per record, in order."""
 
@@ -79,7 +86,41 @@ class Task(Protocol):
         """(all positions, padding positions) of a batch, source and target together."""
 
     def flops_per_sample_lengths(self, batch: Batch) -> dict[str, int]:
-        """The padded lengths to hand to `model.flops_per_sample` (source_length, target_length), or {} if it takes none."""
+        """The padded lengths that `model.flops_per_sample` takes (source_length, target_length), or {} if none."""
 
     def headline(self) -> tuple[str, str]:
         """The metric by which checkpoints are compared and its direction: ("eval/loss", "min")."""
+
+    def target_bytes(self, record: Record, sample: Encoded) -> int:
+        """UTF-8 bytes of the text that the target tokens of `sample` spell (for bits per byte); 0 if none."""
+
+
+@runtime_checkable
+class GeneratesText(Protocol):
+    """A task whose model writes text (`python -m trainer.generate`)."""
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[Encoded | BadRecord]:
+        """Samples without a target, one result per text, in order."""
+
+    def generate(
+        self,
+        model: Any,
+        samples: Sequence[Encoded],
+        all_finished: AllFinished | None = None,
+        beam_size: int | None = None,
+        max_length: int | None = None,
+    ) -> list[str]:
+        """What `model` (in evaluation mode) writes for each sample; None takes the task's own setting."""
+
+
+@runtime_checkable
+class ScoresText(GeneratesText, Protocol):
+    """A task whose evaluation compares generated text with references."""
+
+    def source_and_reference(self, record: Record) -> tuple[str, str]:
+        """The two texts of a record that `encode` accepted."""
+
+    def score(
+        self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str]
+    ) -> dict[str, float | str]:
+        """Corpus scores by name; strings are signatures that say how a score was computed."""

@@ -1,0 +1,343 @@
+"""Evaluation of a split by all ranks together; also `python -m trainer.evaluate run=NAME [split=test]`.
+
+Every sample is weighted by its target tokens and every sentence is scored exactly once, however unevenly the ranks
+share them: a rank without samples takes part in every collective, and where a forward pass is one (ZeRO-3) it runs
+blank batches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+
+from trainer import distributed
+from trainer.commands import run_command
+from trainer.errors import ConfigError, DataError, SetupError
+from trainer.tasks import IGNORE, Batch, Encoded, Record, ScoresText, Task
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+    from trainer.data.stream import StreamData
+    from trainer.plan import RunPlan
+    from trainer.state import TrainState
+
+MAX_SENTENCES = 64
+"""Sentences decoded at once on a rank: beams multiply the rows, and caches the memory."""
+
+T = TypeVar("T")
+
+
+class Sample(Protocol):
+    """What the data layer gives for evaluation: the place in the split, the record, and what the task made of it."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def record(self) -> Record: ...
+    @property
+    def encoded(self) -> Encoded: ...
+
+
+class Evaluated(Protocol):
+    """What evaluation needs of an engine (see `trainer.engine.base.Engine`)."""
+
+    module: torch.nn.Module
+    model: torch.nn.Module
+    ranks_must_step_together: bool
+
+    def evaluating(self) -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What to evaluate. plan: its micro-batch is the size of the forward passes; final: also write evaluation.json."""
+
+    split: str
+    max_samples: int | None
+    plan: RunPlan
+    generate: bool = True
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """metrics: `eval/...` numbers; signatures: how scores were computed; generations: the file of sentences, if any."""
+
+    metrics: dict[str, float]
+    signatures: dict[str, str] = field(default_factory=dict)
+    generations: Path | None = None
+
+
+def evaluate(
+    engine: Evaluated, task: Task, data: Any, evaluation: Evaluation, directory: Path, step: int
+) -> dict[str, float]:
+    """The metrics of `evaluate_fully`, the same on all ranks."""
+    return evaluate_fully(engine, task, data, evaluation, directory, step).metrics
+
+
+def evaluate_fully(
+    engine: Evaluated, task: Task, data: Any, evaluation: Evaluation, directory: Path, step: int
+) -> Result:
+    """Called by all ranks together; all return the same.
+
+    eval/loss: negative log-likelihood in nats per target token over the whole split (without label smoothing);
+    eval/accuracy: share of target tokens (or classes) that are the arg max; eval/perplexity = exp(loss) and
+    eval/bits_per_byte for text; the task's scores of generated text; eval/samples; eval/seconds.
+    Raises DataError if the split has no sample, SetupError if the run directory cannot be written.
+    """
+    started = time.perf_counter()
+    rank, world_size = distributed.rank(), distributed.world_size()
+    found: Sequence[Sample] = data.evaluation_samples(evaluation.split, task, rank, world_size, evaluation.max_samples)
+    samples = sorted(found, key=lambda sample: (sample.encoded.length, sample.index))
+    blank = _any_sample(samples, evaluation.split)
+    with engine.evaluating():
+        result = Result(_token_metrics(engine, task, samples, blank, evaluation.plan))
+        if evaluation.generate and isinstance(task, ScoresText):
+            lines = _translate(engine, task, samples, blank)
+            path = generations_path(directory, evaluation.split, step)
+            scores = distributed.on_rank_zero(lambda: _score_and_write(task, lines, path))
+            result = Result(
+                result.metrics
+                | {f"eval/{name}": value for name, value in scores.items() if not isinstance(value, str)},
+                {name: value for name, value in scores.items() if isinstance(value, str)},
+                path,
+            )
+    result.metrics["eval/samples"] = distributed.all_reduce_sum([len(samples)])[0]
+    (result.metrics["eval/seconds"],) = distributed.all_reduce_max([time.perf_counter() - started])
+    if evaluation.final:
+        summary = {"step": step, "split": evaluation.split, **result.metrics, **result.signatures}
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        distributed.on_rank_zero(lambda: write_atomically(directory / "evaluation.json", text))
+    return result
+
+
+def evaluate_final(training: Any, state: TrainState) -> None:
+    """The evaluation at the end of a run, on eval.final_split ("none": nothing); written to evaluation.json, too.
+
+    training: a `trainer.loop.Training` (whose module imports this one).
+    """
+    config: Config = training.config
+    if config.eval.final_split == "none":
+        return
+    evaluation = Evaluation(
+        config.eval.final_split, config.eval.max_samples, training.plan, config.eval.generate, final=True
+    )
+    metrics = evaluate(training.engine, training.task, training.data, evaluation, training.directory.path, state.step)
+    split = {} if evaluation.split == "validation" else {"split": evaluation.split}
+    training.sinks.log_evaluation(state.step, {**split, **metrics})
+
+
+def check_evaluation(config: Config, plan: RunPlan, data: StreamData, task: Task) -> None:
+    """Before training: refuse splits to be evaluated that have fewer usable samples than there are ranks.
+
+    Reads no more records than that takes. Raises ConfigError for too few, DataError for none.
+    """
+    splits = {"validation"} if config.eval.every > 0 else set()
+    for split in sorted(splits | ({config.eval.final_split} - {"none"})):
+        _check_enough_samples(split, data, task, config.eval.max_samples, plan.world_size)
+
+
+def _check_enough_samples(split: str, data: StreamData, task: Task, max_samples: int | None, world_size: int) -> None:
+    if max_samples is not None and max_samples < world_size:
+        raise ConfigError(
+            f"eval.max_samples={max_samples} is less than the {world_size} ranks; use at least {world_size}."
+        )
+    usable = (record for record in data.records(split) if isinstance(task.encode([record])[0], Encoded))
+    count = sum(1 for _ in islice(usable, world_size))
+    if count == 0:
+        raise DataError(
+            f"The split {split} has no usable sample; check data.{split} and the task's columns and limits."
+        )
+    if count < world_size:
+        raise ConfigError(f"The split {split} has {count} samples for {world_size} ranks; use at most {count} ranks.")
+
+
+def generations_path(directory: Path, split: str, step: int) -> Path:
+    """generations/step_00000200.jsonl for the validation split, with the split's name before .jsonl for any other."""
+    suffix = "" if split == "validation" else f".{split}"
+    return directory / "generations" / f"step_{step:08d}{suffix}.jsonl"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one. Raises SetupError where the folder cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise SetupError(f"Cannot write {path}: {error.strerror}; check the folder's permissions and space.") from error
+
+
+def _any_sample(samples: Sequence[Sample], split: str) -> Encoded:
+    """A sample for blank batches: the first of the first rank that has one."""
+    offered = distributed.all_gather_objects(samples[0].encoded if samples else None)
+    for sample in offered:
+        if sample is not None:
+            return sample
+    raise DataError(f"The split {split} has no usable sample; check data.{split} and the task's columns and limits.")
+
+
+def _token_metrics(
+    engine: Evaluated, task: Task, samples: Sequence[Sample], blank: Encoded, plan: RunPlan
+) -> dict[str, float]:
+    nll = torch.zeros((), dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.int64)
+    for batch_samples in _in_step(engine, _micro_batches(samples, plan)):
+        batch = task.collate([sample.encoded for sample in batch_samples] or [blank])
+        if not batch_samples:
+            batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+        sums = task.loss(engine.model, _on_device(batch))
+        nll += sums.nll.cpu()
+        counts += torch.stack([sums.num_target_tokens, sums.num_correct]).cpu()
+    num_bytes = sum(task.target_bytes(sample.record, sample.encoded) for sample in samples)
+    totals = distributed.all_reduce_sum([float(nll), *map(float, counts), float(num_bytes)])
+    nll_sum, num_target_tokens, num_correct, total_bytes = totals
+    loss = nll_sum / num_target_tokens
+    metrics = {"eval/loss": loss, "eval/accuracy": num_correct / num_target_tokens}
+    if total_bytes:
+        metrics["eval/perplexity"] = math.exp(min(loss, 700.0))  # the largest that a float holds
+        metrics["eval/bits_per_byte"] = nll_sum / math.log(2.0) / total_bytes
+    return metrics
+
+
+def _translate(
+    engine: Evaluated, task: ScoresText, samples: Sequence[Sample], blank: Encoded
+) -> list[tuple[int, str, str, str]]:
+    """(index, source, reference, hypothesis) of all ranks' samples, in the order of the split."""
+    all_finished = _every_rank if engine.ranks_must_step_together else None
+    mine: list[tuple[int, str, str, str]] = []
+    for batch_samples in _in_step(engine, _chunks(samples, MAX_SENTENCES)):
+        encoded = [sample.encoded for sample in batch_samples] or [blank]
+        texts = task.generate(engine.module, encoded, all_finished)
+        for sample, hypothesis in zip(batch_samples, texts, strict=False):  # a blank batch has a text but no sample
+            mine.append((sample.index, *task.source_and_reference(sample.record), hypothesis))
+    lines = sorted(line for part in distributed.all_gather_objects(mine) for line in part)
+    assert len({line[0] for line in lines}) == len(lines), "a sentence was scored twice"
+    return lines
+
+
+def _score_and_write(
+    task: ScoresText, lines: Sequence[tuple[int, str, str, str]], path: Path
+) -> dict[str, float | str]:
+    _, sources, references, hypotheses = zip(*lines, strict=True)
+    rows = (
+        {"source": source, "reference": reference, "hypothesis": hypothesis}
+        for _, source, reference, hypothesis in lines
+    )
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return task.score(hypotheses, references, sources)
+
+
+def _every_rank(finished: bool) -> bool:
+    return distributed.all_reduce_max([0.0 if finished else 1.0]) == [0.0]
+
+
+def _in_step(engine: Evaluated, batches: list[list[Sample]]) -> Iterator[list[Sample]]:
+    """The batches, and then empty ones where every rank must run as many as the busiest."""
+    yield from batches
+    if engine.ranks_must_step_together:
+        (most,) = distributed.all_reduce_max([len(batches)])
+        yield from ([] for _ in range(int(most) - len(batches)))
+
+
+def _micro_batches(samples: Sequence[Sample], plan: RunPlan) -> list[list[Sample]]:
+    """`samples`, sorted by length, in forward passes of the plan's samples or padded positions."""
+    if plan.micro_tokens is None:
+        assert plan.micro_size is not None, "a plan has one of the two"
+        return _chunks(samples, plan.micro_size)
+    batches: list[list[Sample]] = []
+    for sample in samples:
+        positions = 2 * sample.encoded.length  # source and target; lengths ascend, so the last is the longest
+        if not batches or (len(batches[-1]) + 1) * positions > plan.micro_tokens:
+            batches.append([])
+        batches[-1].append(sample)
+    return batches
+
+
+def _chunks(items: Sequence[T], size: int) -> list[list[T]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _on_device(batch: Batch) -> Batch:
+    where = distributed.device()
+    return {name: tensor.to(where) for name, tensor in batch.items()}
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Arguments of `python -m trainer.evaluate`."""
+
+    run: str
+    split: str = "test"
+    runs_dir: str = "runs"
+    checkpoint: str = "latest"
+    max_samples: int | None = None
+    generate: bool = True
+    json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _RestoredEngine:
+    """A restored model in the engine's clothes: it is in evaluation mode already and steps alone."""
+
+    module: torch.nn.Module
+    ranks_must_step_together: bool = False
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.module
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        return torch.inference_mode()
+
+
+def _evaluate_run(options: EvaluateOptions) -> None:
+    from trainer.plan import make_plan
+    from trainer.restore import restore_run
+
+    with distributed.process_group():
+        restored = restore_run(options.run, options.runs_dir, options.checkpoint)
+        evaluation = Evaluation(options.split, options.max_samples, make_plan(restored.config, 1), options.generate)
+        result = evaluate_fully(
+            _RestoredEngine(restored.model),
+            restored.task,
+            restored.data,
+            evaluation,
+            restored.directory.path,
+            restored.step,
+        )
+        if distributed.rank() == 0:
+            print(_report(options, restored.step, result))
+
+
+def _report(options: EvaluateOptions, step: int, result: Result) -> str:
+    facts: dict[str, object] = {"run": options.run, "step": step, "split": options.split}
+    facts |= {**result.metrics, **result.signatures}
+    if result.generations is not None:
+        facts["generations"] = str(result.generations)
+    if options.json:
+        return json.dumps(facts, ensure_ascii=False)
+    width = max(map(len, facts))
+    return "\n".join(
+        f"{name:<{width}}  {f'{value:.4f}' if isinstance(value, float) else value}" for name, value in facts.items()
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(EvaluateOptions, _evaluate_run, str(__doc__), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Causal language modelling: every token is predicted from those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.errors import ConfigError
+from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
+from trainer.tasks.loss import cross_entropy_sums
+from trainer.tasks.text import TextTokenizer, check_overlong, limit_length, pad_rows, text_at
+
+
+class CausalLM:
+    """Next-token cross-entropy on texts of bounded length; evaluated by loss, perplexity and bits per byte.
+
+    One record is one sample: begin token + text is read, text + end token is predicted. Records must therefore be
+    prepared to fit `sequence_length` tokens (the packaged corpus has groups of paragraphs of at most about 1,500
+    bytes); a longer one is skipped and counted, or cut with overlong="truncate".
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        text_column: str,
+        sequence_length: int,
+        label_smoothing: float = 0.0,
+        overlong: str = "skip",
+        temperature: float = 0.8,
+        top_k: int = 40,
+    ) -> None:
+        """temperature, top_k: of the sampling in `generate`. Raises ConfigError for options that cannot be."""
+        check_overlong(overlong)
+        if sequence_length < 2:
+            raise ConfigError(f"task.sequence_length={sequence_length}: a text takes at least 2 tokens.")
+        self.required_columns = (text_column,)
+        self.max_length = sequence_length
+        self._tokenizer = tokenizer
+        self._text_column = text_column
+        self._sequence_length = sequence_length
+        self._label_smoothing = label_smoothing
+        self._overlong = overlong
+        self._temperature = temperature
+        self._top_k = top_k
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
+        """`ids` int32: begin token, text, end token; one longer than the sample's positions."""
+        return self._encode_texts([text_at(record, self._text_column) for record in records])
+
+    def _encode_texts(self, texts: Sequence[str | BadRecord]) -> list[Encoded | BadRecord]:
+        ids = iter(self._tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+        return [text if isinstance(text, BadRecord) else self._encode_ids(next(ids)) for text in texts]
+
+    def _encode_ids(self, ids: list[int]) -> Encoded | BadRecord:
+        limited = limit_length(
+            [*ids, self._tokenizer.eos_id], "task.sequence_length", self._sequence_length, self._overlong
+        )
+        if isinstance(limited, BadRecord):
+            return limited
+        fields = {"ids": np.asarray([self._tokenizer.bos_id, *limited], np.int32)}
+        return Encoded(fields, length=len(limited), num_target_tokens=len(limited))
+
+    def collate(self, samples: Sequence[Encoded]) -> Batch:
+        """`input_ids` [B,T] int64, `attention_mask` [B,T] bool, `labels` [B,T] int64."""
+        labels = pad_rows([sample.fields["ids"][1:] for sample in samples], IGNORE)
+        return {
+            "input_ids": torch.from_numpy(
+                pad_rows([sample.fields["ids"][:-1] for sample in samples], self._tokenizer.pad_id)
+            ),
+            "attention_mask": torch.from_numpy(labels != IGNORE),
+            "labels": torch.from_numpy(labels),
+        }
+
+    def loss(self, model: Any, batch: Batch) -> LossSums:
+        """Cross-entropy summed over all real tokens, the end tokens included."""
+        return cross_entropy_sums(model(batch), batch["labels"], self._label_smoothing)
+
+    def num_positions(self, batch: Batch) -> tuple[int, int]:
+        """Positions of the rectangle, and how many of them are padding."""
+        total = batch["labels"].numel()
+        return total, total - int((batch["labels"] != IGNORE).sum())
+
+    def flops_per_sample_lengths(self, batch: Batch) -> dict[str, int]:
+        """The side of the rectangle."""
+        return {"target_length": batch["labels"].shape[1]}
+
+    def headline(self) -> tuple[str, str]:
+        """The loss."""
+        return "eval/loss", "min"
+
+    def target_bytes(self, record: Record, sample: Encoded) -> int:
+        """UTF-8 bytes of the text, as far as it was kept."""
+        if sample.length == self._sequence_length:  # may have been cut
+            return len(self._tokenizer.decode(sample.fields["ids"][1:-1].tolist()).encode())
+        text = text_at(record, self._text_column)
+        assert isinstance(text, str), "the record was accepted by encode"
+        return len(text.encode())
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[Encoded | BadRecord]:
+        """Begin token + text, to be continued; an empty text is a prompt too."""
+        ids = self._tokenizer.encode_batch(list(texts))
+        return [self._encode_prompt(one) for one in ids]
+
+    def _encode_prompt(self, ids: list[int]) -> Encoded | BadRecord:
+        limited = limit_length(
+            [self._tokenizer.bos_id, *ids], "task.sequence_length", self._sequence_length - 1, "skip"
+        )
+        if isinstance(limited, BadRecord):
+            return limited
+        return Encoded({"ids": np.asarray(limited, np.int32)}, length=len(limited), num_target_tokens=0)
+
+    def generate(
+        self,
+        model: Any,
+        samples: Sequence[Encoded],
+        all_finished: AllFinished | None = None,
+        beam_size: int | None = None,
+        max_length: int | None = None,
+    ) -> list[str]:
+        """A continuation of each prompt: sampled, the same at every call, or the likeliest if `beam_size` is given."""
+        from trainer import decoding
+
+        tokenizer = self._tokenizer
+        device = next(model.parameters()).device
+        ids = pad_rows([sample.fields["ids"] for sample in samples], tokenizer.pad_id)
+        lengths = np.asarray([sample.length for sample in samples])
+        mask = np.arange(ids.shape[1]) < lengths[:, None]
+        batch = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
+        longest = max_length or self._sequence_length
+        if beam_size is not None:
+            beams = decoding.BeamOptions(beam_size=beam_size, max_length=longest)
+            written = decoding.beam_search(
+                model, batch, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, beams, all_finished
+            )
+        else:
+            options = decoding.SampleOptions(longest, self._temperature, self._top_k)
+            generator = torch.Generator(device).manual_seed(0)
+            written = decoding.sample(
+                model, batch, tokenizer.bos_id, tokenizer.eos_id, options, generator, all_finished
+            )
+        return tokenizer.decode_batch(written)

@@ -1,0 +1,199 @@
+"""Translation: a source text in, a target text out, by an encoder-decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.errors import ConfigError
+from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
+from trainer.tasks.loss import cross_entropy_sums
+from trainer.tasks.text import TextTokenizer, check_overlong, limit_length, pad_rows, text_at
+
+BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none")
+"""Those of sacreBLEU that download nothing."""
+
+_MAX_LENGTH_RATIO = 2.0  # tokens of a hypothesis for one of its source: an untrained model does not find the end
+
+
+class Translation:
+    """Teacher-forced cross-entropy with label smoothing; evaluated by beam search and sacreBLEU.
+
+    max_source_length, max_target_length: tokens with the end-of-sentence token; a longer record is skipped, or cut with
+    overlong="truncate". beam_size, length_penalty: of the beam search in evaluation. bleu_tokenize: sacreBLEU's
+    tokenizer ("13a"; "zh", "ja-mecab", "char" for languages without spaces).
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        source_column: str,
+        target_column: str,
+        label_smoothing: float = 0.1,
+        beam_size: int = 4,
+        length_penalty: float = 1.0,
+        max_source_length: int = 128,
+        max_target_length: int = 128,
+        overlong: str = "skip",
+        bleu_tokenize: str = "13a",
+    ) -> None:
+        """Raises ConfigError for options that cannot be."""
+        check_overlong(overlong)
+        _check_bleu_tokenize(bleu_tokenize)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ConfigError(f"task.label_smoothing={label_smoothing}: use a number from 0 to below 1.")
+        for key, value in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
+            if value < 2:
+                raise ConfigError(f"task.{key}={value}: a sentence takes at least 2 tokens, one of them the end.")
+        self.required_columns = (source_column, target_column)
+        self.max_length = max(max_source_length, max_target_length)
+        self._tokenizer = tokenizer
+        self._source_column = source_column
+        self._target_column = target_column
+        self._label_smoothing = label_smoothing
+        self._beam_size = beam_size
+        self._length_penalty = length_penalty
+        self._max_source_length = max_source_length
+        self._max_target_length = max_target_length
+        self._overlong = overlong
+        self._bleu_tokenize = bleu_tokenize
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
+        """`source_ids`, `target_ids`: int32, each with the end-of-sentence token."""
+        sources = self._encode_texts([text_at(record, self._source_column) for record in records], source=True)
+        targets = self._encode_texts([text_at(record, self._target_column) for record in records], source=False)
+        return [self._join(source, target) for source, target in zip(sources, targets, strict=True)]
+
+    def _encode_texts(self, texts: Sequence[str | BadRecord], source: bool) -> list[list[int] | BadRecord]:
+        ids = iter(self._tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+        side = "source" if source else "target"
+        limit = self._max_source_length if source else self._max_target_length
+        limited = (
+            text
+            if isinstance(text, BadRecord)
+            else limit_length([*next(ids), self._tokenizer.eos_id], f"task.max_{side}_length", limit, self._overlong)
+            for text in texts
+        )
+        return list(limited)
+
+    @staticmethod
+    def _join(source: list[int] | BadRecord, target: list[int] | BadRecord) -> Encoded | BadRecord:
+        if isinstance(source, BadRecord):
+            return source
+        if isinstance(target, BadRecord):
+            return target
+        fields = {"source_ids": np.asarray(source, np.int32), "target_ids": np.asarray(target, np.int32)}
+        return Encoded(fields, length=max(len(source), len(target)), num_target_tokens=len(target))
+
+    def collate(self, samples: Sequence[Encoded]) -> Batch:
+        """`source_ids` [B,S] int64, `source_mask` [B,S] bool, `decoder_input_ids` [B,T] int64, `labels` [B,T] int64."""
+        targets = [sample.fields["target_ids"] for sample in samples]
+        labels = pad_rows(targets, IGNORE)
+        decoder_input = np.full_like(labels, self._tokenizer.pad_id)
+        decoder_input[:, 0] = self._tokenizer.bos_id
+        decoder_input[:, 1:] = np.where(labels[:, 1:] == IGNORE, self._tokenizer.pad_id, labels[:, :-1])
+        batch = self._collate_sources(samples)
+        batch["decoder_input_ids"] = torch.from_numpy(decoder_input)
+        batch["labels"] = torch.from_numpy(labels)
+        return batch
+
+    def _collate_sources(self, samples: Sequence[Encoded]) -> Batch:
+        sources = [sample.fields["source_ids"] for sample in samples]
+        source_ids = pad_rows(sources, self._tokenizer.pad_id)
+        lengths = np.asarray([len(source) for source in sources])
+        mask = np.arange(source_ids.shape[1]) < lengths[:, None]
+        return {"source_ids": torch.from_numpy(source_ids), "source_mask": torch.from_numpy(mask)}
+
+    def loss(self, model: Any, batch: Batch) -> LossSums:
+        """Label-smoothed cross-entropy summed over the target tokens, the end-of-sentence tokens included."""
+        return cross_entropy_sums(model(batch), batch["labels"], self._label_smoothing)
+
+    def num_positions(self, batch: Batch) -> tuple[int, int]:
+        """Source and target positions of the rectangles, and how many of them are padding."""
+        total = batch["source_ids"].numel() + batch["labels"].numel()
+        return total, total - int(batch["source_mask"].sum()) - int((batch["labels"] != IGNORE).sum())
+
+    def flops_per_sample_lengths(self, batch: Batch) -> dict[str, int]:
+        """The sides of the rectangles."""
+        return {"source_length": batch["source_ids"].shape[1], "target_length": batch["labels"].shape[1]}
+
+    def headline(self) -> tuple[str, str]:
+        """The loss (plain negative log-likelihood per token), which every evaluation has."""
+        return "eval/loss", "min"
+
+    def target_bytes(self, record: Record, sample: Encoded) -> int:
+        """UTF-8 bytes of the target text, as far as it was kept."""
+        if sample.num_target_tokens == self._max_target_length:  # may have been cut
+            return len(self._tokenizer.decode(sample.fields["target_ids"].tolist()).encode())
+        return len(self.source_and_reference(record)[1].encode())
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[Encoded | BadRecord]:
+        """Source sentences without a target."""
+        checked = [text if text.strip() else BadRecord("the text is empty") for text in texts]
+        return [
+            source
+            if isinstance(source, BadRecord)
+            else Encoded({"source_ids": np.asarray(source, np.int32)}, length=len(source), num_target_tokens=0)
+            for source in self._encode_texts(checked, source=True)
+        ]
+
+    def generate(
+        self,
+        model: Any,
+        samples: Sequence[Encoded],
+        all_finished: AllFinished | None = None,
+        beam_size: int | None = None,
+        max_length: int | None = None,
+    ) -> list[str]:
+        """The best hypothesis of the beam search for each sample's source."""
+        from trainer.decoding import BeamOptions, beam_search
+
+        device = next(model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in self._collate_sources(samples).items()}
+        options = BeamOptions(
+            beam_size=beam_size or self._beam_size,
+            max_length=max_length or self._max_target_length,
+            max_length_ratio=_MAX_LENGTH_RATIO if max_length is None else None,
+            length_penalty=self._length_penalty,
+        )
+        tokenizer = self._tokenizer
+        ids = beam_search(
+            model, batch, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, options, all_finished=all_finished
+        )
+        return [text.strip() for text in tokenizer.decode_batch(ids)]
+
+    def source_and_reference(self, record: Record) -> tuple[str, str]:
+        """The two columns."""
+        source, target = text_at(record, self._source_column), text_at(record, self._target_column)
+        assert isinstance(source, str) and isinstance(target, str), "the record was accepted by encode"
+        return source, target
+
+    def score(
+        self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str]
+    ) -> dict[str, float | str]:
+        """Corpus BLEU and chrF by sacreBLEU (Post 2018), and `copy_bleu`: what copying the source would score."""
+        from sacrebleu.metrics import BLEU, CHRF
+
+        bleu, chrf = BLEU(tokenize=self._bleu_tokenize), CHRF()
+        return {
+            "bleu": bleu.corpus_score(list(hypotheses), [list(references)]).score,
+            "chrf": chrf.corpus_score(list(hypotheses), [list(references)]).score,
+            "copy_bleu": bleu.corpus_score(list(sources), [list(references)]).score,
+            "bleu_signature": str(bleu.get_signature()),
+            "chrf_signature": str(chrf.get_signature()),
+        }
+
+
+def _check_bleu_tokenize(name: str) -> None:
+    """Find out now, not at the first evaluation, that sacreBLEU cannot tokenize so."""
+    if name not in BLEU_TOKENIZERS:
+        raise ConfigError(f"task.bleu_tokenize={name} is not known; choose one of {', '.join(BLEU_TOKENIZERS)}.")
+    from sacrebleu.metrics import BLEU
+
+    try:
+        BLEU(tokenize=name)
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"task.bleu_tokenize={name} cannot be used: {error}") from error
