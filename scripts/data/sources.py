@@ -36,9 +36,10 @@ def read_catalogue(path: Path) -> Pairs:
 
 
 def plain_label(text: str) -> str:
-    """A user-interface string on one line, without its accelerator mark and the prefix or suffix that tells it apart."""
+    """A user-interface string on one line, without its accelerator mark and what tells it apart from its namesakes."""
     text = re.sub(r"^[\w ]+\^|\|\w{5}$|\([_&~]\w\)", "", text)
-    text = text.replace("_", "", int(text.count("_") == 1))
+    if text.count("_") == 1:
+        text = text.replace("_", "")
     return squeeze(re.sub(r"(?<![&\w])[&~](?=\w)|(?<=\w)[&~](?=\w)", "", text))
 
 
