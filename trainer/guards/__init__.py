@@ -1,0 +1,1 @@
+"""Guards: what keeps a run from losing work when the world interferes."""

@@ -1,0 +1,262 @@
+"""The training loop. Reads from top to bottom: fetch, agree, learn, report, evaluate, save; until there is a reason to stop."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from trainer import distributed
+from trainer.checkpoint.save import point, prune, save
+from trainer.config import Config
+from trainer.data.loader import Loader, StepBatch
+from trainer.engine.base import Engine
+from trainer.evaluate import Evaluation, evaluate
+from trainer.guards.signals import PREEMPTED, StopRequest
+from trainer.metrics import StepInfo
+from trainer.metrics.meter import Meter
+from trainer.metrics.sinks import SafeSinks
+from trainer.plan import RunPlan
+from trainer.run_directory import RunDirectory
+from trainer.schedule import Schedule
+from trainer.state import TrainState
+from trainer.tasks import IGNORE, Batch, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Everything a run is made of, built by `trainer.main`."""
+
+    config: Config
+    plan: RunPlan
+    directory: RunDirectory
+    task: Task
+    data: Any
+    loader: Loader
+    engine: Engine
+    schedule: Schedule
+    meter: Meter
+    sinks: SafeSinks
+    stop_request: StopRequest
+    blank: Batch  # a micro-batch without labels, for ranks that have no data in a step
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How `fit` ended: status and reason for status.json, and the exit code."""
+
+    status: str
+    reason: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class _StepTotals:
+    """What all ranks agree on before a step. `micro_batches`: how many every rank runs; `seconds`, `signal`: of any rank."""
+
+    target_tokens: int
+    samples: int
+    epoch: float
+    exhausted: bool
+    micro_batches: int
+    seconds: float
+    signalled: bool
+
+
+def due(step: int, every: int) -> bool:
+    """True at every `every`-th step; never when `every` is 0."""
+    return every > 0 and step % every == 0
+
+
+def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tuple[TrainState, Outcome]:
+    """Train from `state` until a reason to stop, and leave a checkpoint of the last step.
+
+    lanes: positions of this rank's data lanes at `state`. Called by all ranks together; all return the same.
+    """
+    config, batches = training.config, iter(training.loader)
+    while (outcome := _reached_end(config, state)) is None:
+        fetch_started = time.perf_counter()
+        batch = next(batches)
+        wait_seconds = time.perf_counter() - fetch_started
+        totals = _agree(batch, state, training.stop_request)
+        if (outcome := _interrupted(config, totals)) is not None:
+            break
+        lr = config.optimizer["lr"] * training.schedule.factor(_progress(training.schedule, state))
+        loss_sum, grad_norm = _learn(training, batch, totals, lr, state.step)
+        lanes = batch.lane_states
+        seconds = time.perf_counter() - fetch_started
+        state = state.advance(totals.target_tokens, totals.samples, totals.epoch, seconds)
+        _measure(training, batch, totals, wait_seconds)
+        if due(state.step, config.log.every) or state.step == 1:
+            training.sinks.log(_report(training, state, totals, loss_sum, grad_norm, lr))
+        if due(state.step, config.eval.every):
+            state = _evaluate(training, state, lanes)
+        if due(state.step, config.checkpoint.every):
+            _save(training, state, lanes)
+    if state.step > 0:
+        _save(training, state, lanes)
+    return state, outcome
+
+
+def _reached_end(config: Config, state: TrainState) -> Outcome | None:
+    """The ends that every rank sees in its own copy of the state."""
+    stop = config.stop
+    if state.step >= config.steps:
+        return Outcome("finished", f"steps: {state.step} of {config.steps}", 0)
+    if stop.tokens is not None and state.tokens >= stop.tokens:
+        return Outcome("finished", f"stop.tokens: {state.tokens} of {stop.tokens} target tokens", 0)
+    if stop.patience is not None and state.stale_evaluations >= stop.patience:
+        reason = f"converged: no improvement since step {state.best_step} for stop.patience={stop.patience} evaluations"
+        return Outcome("finished", reason, 0)
+    return None
+
+
+def _interrupted(config: Config, totals: _StepTotals) -> Outcome | None:
+    """The ends that ranks must agree on: the clock, a signal, the end of the data."""
+    if totals.signalled:
+        return Outcome("preempted", "a signal asked for a stop", PREEMPTED)
+    if config.stop.minutes is not None and totals.seconds >= 60 * config.stop.minutes:
+        return Outcome("finished", f"stop.minutes: {totals.seconds / 60:.1f} of {config.stop.minutes:g}", 0)
+    if totals.exhausted:
+        return Outcome("finished", f"stop.epochs: {totals.epoch:g} passes over the data", 0)
+    return None
+
+
+def _agree(batch: StepBatch, state: TrainState, request: StopRequest) -> _StepTotals:
+    """One exchange a step: how much every rank brings, and whether any rank wants to stop."""
+    local = (batch.num_target_tokens, batch.num_samples, batch.epoch, 0.0 if batch.exhausted else 1.0)
+    target_tokens, samples, epochs, with_data = distributed.all_reduce_sum(local)
+    wish = (len(batch.micro_batches), state.seconds, float(request.name is not None))
+    micro_batches, seconds, signalled = distributed.all_reduce_max(wish)
+    return _StepTotals(
+        target_tokens=int(target_tokens),
+        samples=int(samples),
+        epoch=epochs / distributed.world_size(),
+        exhausted=with_data == 0,
+        micro_batches=int(micro_batches),
+        seconds=seconds,
+        signalled=signalled > 0,
+    )
+
+
+def _progress(schedule: Schedule, state: TrainState) -> float:
+    return state.step if schedule.unit == "steps" else state.tokens
+
+
+def _learn(
+    training: Training, batch: StepBatch, totals: _StepTotals, lr: float, step: int
+) -> tuple[torch.Tensor, float]:
+    """One optimizer step; returns this rank's summed objective (a scalar on the device) and the global gradient norm.
+
+    Dropout is a pure function of (seed, step, rank), so a resumed run draws what an uninterrupted one would have drawn.
+    """
+    torch.manual_seed(hash((training.config.seed, step, distributed.rank())) & 0x7FFF_FFFF_FFFF_FFFF)
+    loss_sum = torch.zeros((), device=distributed.device())
+    for index, micro_batch in enumerate(_even(batch.micro_batches, totals.micro_batches, training.blank)):
+        sums = training.engine.forward_backward(
+            training.task,
+            on_device(micro_batch),
+            scale=1.0 / max(totals.target_tokens, 1),
+            last=index == totals.micro_batches - 1,
+        )
+        loss_sum += sums.objective.detach()
+    return loss_sum, training.engine.step(lr)
+
+
+def _even(micro_batches: list[Batch], count: int, blank: Batch) -> Iterator[Batch]:
+    """This rank's micro-batches, and blank ones up to the number that every rank runs."""
+    yield from micro_batches
+    for _ in range(count - len(micro_batches)):
+        yield blank
+
+
+def blank_of(batch: Batch) -> Batch:
+    """`batch` without labels: it weighs nothing."""
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+
+
+def on_device(batch: Batch) -> Batch:
+    """The batch on this process's device."""
+    where = distributed.device()
+    return batch if where.type == "cpu" else {name: t.to(where, non_blocking=True) for name, t in batch.items()}
+
+
+def _measure(training: Training, batch: StepBatch, totals: _StepTotals, wait_seconds: float) -> None:
+    model: Any = training.engine.module
+    flops = sum(
+        len(micro_batch["labels"]) * model.flops_per_sample(**training.task.flops_per_sample_lengths(micro_batch))
+        for micro_batch in batch.micro_batches
+    )
+    training.meter.step_done(totals.target_tokens, batch.num_positions, batch.num_padding, wait_seconds, flops)
+
+
+def _report(
+    training: Training, state: TrainState, totals: _StepTotals, loss_sum: torch.Tensor, grad_norm: float, lr: float
+) -> StepInfo:
+    meter = training.meter
+    objective, positions, padding, flops = distributed.all_reduce_sum(
+        (float(loss_sum), meter.positions, meter.padding, meter.flops)
+    )
+    (memory,) = distributed.all_reduce_max([memory_bytes()])
+    return meter.report(
+        state,
+        loss=objective / max(totals.target_tokens, 1),
+        grad_norm=grad_norm,
+        lr=lr,
+        target_tokens=totals.target_tokens,
+        positions=positions,
+        padding=padding,
+        flops=flops,
+        world_size=distributed.world_size(),
+        memory_bytes=int(memory),
+        skipped_steps=training.engine.skipped_steps,
+    )
+
+
+def memory_bytes() -> int:
+    """Peak memory of this process so far: allocated on the GPU, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _evaluate(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> TrainState:
+    """Evaluate on the validation split; a new best is saved at once and pointed to."""
+    started = time.perf_counter()
+    config = training.config
+    evaluation = evaluate(
+        training.engine,
+        training.task,
+        training.data,
+        Evaluation("validation", config.eval.max_samples, training.plan, config.eval.generate),
+        training.directory.path,
+        state.step,
+    )
+    training.sinks.log_evaluation(state.step, evaluation)
+    metric, direction = training.task.headline()
+    state = state.evaluated(evaluation[metric], direction)
+    if state.best_step == state.step:
+        name = _save(training, state, lanes)
+        distributed.on_rank_zero(lambda: point(training.directory.checkpoints, "best", name))
+    training.meter.pause(time.perf_counter() - started)
+    return state
+
+
+def _save(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> str:
+    """Save, and delete what need not be kept; returns the checkpoint's name."""
+    started = time.perf_counter()
+    root = training.directory.checkpoints
+    folder = save(root, training.engine, state, lanes, training.plan.to_dict())
+    distributed.on_rank_zero(lambda: prune(root, training.config.checkpoint.keep))
+    distributed.on_rank_zero(lambda: training.directory.status("running", state.step, "saved a checkpoint"))
+    training.meter.pause(time.perf_counter() - started)
+    return folder.name
+
+
+__all__ = ["Outcome", "Training", "blank_of", "due", "fit", "on_device", "replace"]

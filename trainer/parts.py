@@ -1,0 +1,164 @@
+"""The parts of a run that training and inference share: data, tokenizer, task, model; and whether they fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from trainer import distributed
+from trainer.build import build
+from trainer.config import Config, Precision, with_tokenizer_sha256
+from trainer.data.sources import column
+from trainer.data.stream import StreamData
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.engine.base import BuildModel, Engine
+from trainer.engine.ds_config import make_ds_config
+from trainer.engine.plain import PlainEngine
+from trainer.errors import CheckpointError, ConfigError
+from trainer.evaluate import check_enough_samples
+from trainer.optim import build_optimizer
+from trainer.plan import RunPlan
+from trainer.run_directory import RunDirectory
+from trainer.tasks import Encoded, Task
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+
+def make_tokenizer(config: Config, data: StreamData, directory: RunDirectory) -> tuple[Config, Tokenizer | None]:
+    """The run's tokenizer: the one it already has, else a new one; and the configuration with its SHA-256.
+
+    Rank 0 makes it, the others receive it; nothing is written. Raises CheckpointError when the run's file was changed.
+    """
+    if config.tokenizer is None:
+        return config, None
+    part = {name: value for name, value in config.tokenizer.items() if name != "sha256"}
+
+    def make() -> str:
+        if directory.tokenizer.exists():
+            return directory.tokenizer.read_text(encoding="utf-8")
+        spec = build(part, "tokenizer")
+        columns = [config.task[name] for name in sorted(config.task) if name.endswith("_column")]
+        prepared: Tokenizer = spec.prepare(lambda: _texts(data, columns))
+        return prepared.to_json()
+
+    tokenizer = Tokenizer.from_json(distributed.on_rank_zero(make))
+    expected = config.tokenizer.get("sha256")
+    if expected is not None and expected != tokenizer.sha256:
+        raise CheckpointError(
+            f"{directory.tokenizer}: SHA-256 {tokenizer.sha256[:12]}... is not tokenizer.sha256={expected[:12]}...;"
+            " restore the file the run was begun with."
+        )
+    return with_tokenizer_sha256(config, tokenizer.sha256), tokenizer
+
+
+def _texts(data: StreamData, columns: list[str]) -> Iterator[str]:
+    """All texts of the train split, record by record."""
+    for record in data.records("train"):
+        for name in columns:
+            value = column(record, name)
+            if isinstance(value, str):
+                yield value
+
+
+def make_task(config: Config, tokenizer: Tokenizer | None) -> Task:
+    """The task, told its tokenizer."""
+    task: Task = build(config.task, "task", tokenizer=tokenizer)
+    return task
+
+
+def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | None) -> None:
+    """Refuse parts that do not fit each other. Raises ConfigError with every problem. `model`: its twin on the meta device."""
+    problems = []
+    positions = getattr(model, "max_positions", None)
+    if task.max_length is not None and positions is not None and task.max_length > positions:
+        problems.append(
+            f"The task makes sequences of up to {task.max_length} tokens, the model takes model.max_positions={positions};"
+            f" raise model.max_positions or lower the task's maximum length."
+        )
+    vocabulary = getattr(model, "vocab_size", None)
+    if tokenizer is not None and vocabulary is not None and tokenizer.vocab_size > vocabulary:
+        problems.append(
+            f"The tokenizer has {tokenizer.vocab_size} entries, model.vocab_size={vocabulary} is fewer;"
+            f" set model.vocab_size={tokenizer.vocab_size} or more."
+        )
+    if config.precision == Precision.fp16:
+        problems += _fp16_problems(config, model)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _fp16_problems(config: Config, model: Any) -> list[str]:
+    if distributed.device().type == "cpu":
+        return ["precision=fp16 does not run on a CPU (DeepSpeed and PyTorch lack its kernels); use precision=bf16."]
+    problems = []
+    if config.engine.kind != "zero":
+        problems.append(
+            "precision=fp16 needs loss scaling, which engine=zero1, zero2 and zero3 have; choose one, or precision=bf16."
+        )
+    if getattr(model, "overflows_in_fp16", False) and not config.force_fp16:
+        problems.append(
+            "precision=fp16 overflows in T5-like models (their activations were trained in bf16 range); use precision=bf16,"
+            " or insist with force_fp16=true."
+        )
+    return problems
+
+
+def check_evaluation(config: Config, plan: RunPlan, data: StreamData, task: Task) -> None:
+    """Refuse splits that cannot be evaluated, before training rather than after. Raises ConfigError or DataError."""
+    splits = {"validation"} if config.eval.every else set()
+    if config.eval.final_split != "none":
+        splits.add(config.eval.final_split)
+    data.check("train", task.required_columns)
+    for split in sorted(splits):
+        data.check(split, task.required_columns)
+        available = len(data.evaluation_samples(split, task, 0, 1, max_samples=plan.world_size))
+        limit = config.eval.max_samples if split == "validation" else None
+        check_enough_samples(split, available, limit, plan.world_size)
+
+
+def make_engine(config: Config, plan: RunPlan, build_model: BuildModel) -> Engine:
+    """The engine that `config.engine` names, holding a model without meaningful weights."""
+    dtype = DTYPES[config.precision]
+    if config.engine.kind == "zero":
+        from trainer.engine.zero import ZeroEngine  # DeepSpeed takes seconds to import
+
+        def build_in_dtype() -> torch.nn.Module:
+            return build_model().to(dtype) if plan.zero_stage == 3 else build_model()
+
+        return ZeroEngine(
+            build_in_dtype,
+            lambda named: build_optimizer(config.optimizer, named),
+            make_ds_config(plan),
+            config.engine.compile,
+        )
+    return PlainEngine(
+        build_model(),
+        lambda named: build_optimizer(config.optimizer, named),
+        dtype,
+        config.clip_norm,
+        config.engine.compile,
+    )
+
+
+def first_sample(data: StreamData, task: Task) -> Encoded:
+    """The first usable sample of the train split. Raises ConfigError if there is none."""
+    for record in data.records("train"):
+        (encoded,) = task.encode([record])
+        if isinstance(encoded, Encoded):
+            return encoded
+    raise ConfigError(
+        "data.train holds no record that the task can use; check the columns and maximum lengths of the task."
+    )
+
+
+__all__ = [
+    "check_evaluation",
+    "check_fit",
+    "first_sample",
+    "load_tokenizer",
+    "make_engine",
+    "make_task",
+    "make_tokenizer",
+]

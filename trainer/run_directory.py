@@ -1,0 +1,92 @@
+"""The run directory: a public interface that scripts and users rely on. See docs/architecture.md for its files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import Config, Resume, config_from_yaml, config_to_dict, differences
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import CheckpointError, ConfigError, SetupError
+
+
+class RunDirectory:
+    """Paths and small files of one run. Only rank 0 writes the shared files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.tokenizer = path / "tokenizer.json"
+        self.config = path / "config.yaml"
+
+    @classmethod
+    def of(cls, config: Config) -> RunDirectory:
+        """The directory that `config` names."""
+        return cls(Path(config.runs_dir) / config.name)
+
+    def check(self, config: Config) -> None:
+        """Refuse what must not be overwritten or cannot be resumed; writes nothing.
+
+        Raises ConfigError showing the difference, CheckpointError under resume=must without a checkpoint, SetupError where
+        the folder cannot be written.
+        """
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise SetupError(
+                f"No permission to write runs_dir={config.runs_dir}: {parent} is not writable; choose another runs_dir."
+            )
+        has_checkpoint = any(self.checkpoints.glob("step_*"))
+        if config.resume == Resume.must and not has_checkpoint:
+            raise CheckpointError(f"resume=must, but {self.checkpoints} holds no checkpoint; use resume=auto to begin.")
+        if not self.config.exists():
+            return
+        if config.resume == Resume.never:
+            raise ConfigError(
+                f"resume=never, but {self.path} exists; choose another name, or resume=auto to go on with it."
+            )
+        changed = differences(config_from_yaml(self.config), config)
+        if changed:
+            raise ConfigError(
+                f"{self.path} was written by another configuration; choose another name=..., or undo the difference:\n  "
+                + "\n  ".join(changed)
+            )
+
+    def claim(
+        self,
+        config: Config,
+        overrides: Sequence[str],
+        plan: Mapping[str, Any],
+        ds_config: Mapping[str, Any],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        """Create the directory and write what the run is made of."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in ("logs", "generations"):
+            (self.path / folder).mkdir(exist_ok=True)
+        self.config.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+        (self.path / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)), encoding="utf-8")
+        _write_json(self.path / "plan.json", plan)
+        _write_json(self.path / "ds_config.json", ds_config)
+        if tokenizer is not None and not self.tokenizer.exists():
+            tokenizer.save(self.tokenizer)
+
+    def status(self, state: str, step: int, reason: str, exit_code: int | None = None) -> None:
+        """Say how the run stands: running, finished, preempted or failed. Replaced in one move."""
+        partial = self.path / ".status.json"
+        _write_json(partial, {"state": state, "step": step, "reason": reason, "exit_code": exit_code})
+        partial.replace(self.path / "status.json")
+
+    def read_status(self) -> dict[str, Any]:
+        """The last status; {} before the first."""
+        path = self.path / "status.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
