@@ -1,0 +1,216 @@
+"""Tokenizers: trained on the train split, read from a file or hub, or plain bytes; all on top of the `tokenizers` library.
+
+A run keeps its tokenizer as one JSON text (`tokenizer.json`), known by its SHA-256. Trained and byte tokenizers work on bytes:
+no text is unknown, and `decode(encode(text)) == text`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainer.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Texts = Callable[[], Iterator[str]]
+"""Gives all texts of the train split anew at each call."""
+
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+"""Padding, begin, end, unknown: ids 0 to 3 of our own tokenizers."""
+
+_KNOWN = {
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
+    "bos": ("<s>", "<bos>", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
+    "eos": ("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"),
+    "unk": ("<unk>", "[UNK]", "<|unk|>"),
+}
+"""Names by which other people's tokenizers call their special tokens, in order of preference."""
+
+
+def _library() -> Any:
+    """`tokenizers`, told to use this process's share of the cores, and not to warn when the process forks."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    import tokenizers
+
+    return tokenizers
+
+
+class Tokenizer:
+    """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`, `unk_id` are ids of the vocabulary; some may be the same one."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        """Raises DataError where the special tokens cannot be told by their names."""
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # "</s>" in a text is five characters, not the end
+        self._backend = backend
+        found = {
+            role: next((id for name in names if (id := backend.token_to_id(name)) is not None), None)
+            for role, names in _KNOWN.items()
+        }
+        eos = found["eos"]
+        if eos is None:
+            raise DataError(f"The tokenizer has no token for the end of a text; one of {', '.join(_KNOWN['eos'])} is needed.")
+        self.eos_id = eos
+        self.pad_id = eos if found["pad"] is None else found["pad"]
+        self.bos_id = self.pad_id if found["bos"] is None else found["bos"]
+        self.unk_id = self.pad_id if found["unk"] is None else found["unk"]
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; no special tokens are added, and none are recognised in the text."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+    def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of each."""
+        return list(self._backend.decode_batch([list(row) for row in ids], skip_special_tokens=True))
+
+    def to_json(self) -> str:
+        """The whole tokenizer; `from_json` reads it back."""
+        return str(self._backend.to_str())
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """The tokenizer that `to_json` wrote. Raises DataError where `text` is none."""
+        try:
+            return cls(_library().Tokenizer.from_str(text))
+        except DataError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"This is not a tokenizer.json: {error}") from error
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of `to_json()` in UTF-8, which is also that of the file `save` writes."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Write tokenizer.json."""
+        Path(path).write_text(self.to_json(), encoding="utf-8", newline="")
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Read a tokenizer.json. Raises DataError where it is missing or damaged."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a tokenizer.json: {error}") from error
+    try:
+        return Tokenizer.from_json(text)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+class TrainedTokenizer:
+    """Sub-words learnt from the train split: byte-level BPE (Sennrich et al. 2016) or unigram (Kudo 2018)."""
+
+    def __init__(
+        self,
+        kind: Literal["bpe", "unigram"] = "bpe",
+        vocab_size: int = 8000,
+        lowercase: bool = False,
+        max_records: int | None = None,
+    ) -> None:
+        """`vocab_size`: at most so many entries; `max_records`: texts to learn from, None = all. Raises ConfigError."""
+        if kind not in ("bpe", "unigram"):
+            raise ConfigError(f"tokenizer.kind={kind} is not known; use bpe or unigram.")
+        _check_vocab_size(vocab_size)
+        self._kind = kind
+        self._vocab_size = vocab_size
+        self._lowercase = lowercase
+        self._max_records = max_records
+
+    def prepare(self, texts: Texts) -> Tokenizer:
+        """Train."""
+        library = _library()
+        unigram = self._kind == "unigram"
+        backend = library.Tokenizer(library.models.Unigram() if unigram else library.models.BPE())
+        _work_on_bytes(backend, split_words=True)
+        if self._lowercase:
+            backend.normalizer = library.normalizers.Lowercase()
+        options = {
+            "vocab_size": self._vocab_size,
+            "special_tokens": list(_SPECIAL),
+            "initial_alphabet": sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+            "show_progress": False,
+        }
+        trainers = library.trainers
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **options) if unigram else trainers.BpeTrainer(**options)
+        backend.train_from_iterator(islice(texts(), self._max_records), trainer)
+        return Tokenizer(backend)
+
+
+class ByteTokenizer:
+    """Every byte of UTF-8 is a token: ids 4 to 259."""
+
+    def __init__(self, vocab_size: int = 4 + 256) -> None:
+        """Raises ConfigError where `vocab_size` is too small for all bytes."""
+        _check_vocab_size(vocab_size)
+
+    def prepare(self, texts: Texts) -> Tokenizer:
+        """The tokenizer; `texts` has no part in it."""
+        library = _library()
+        alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {token: id for id, token in enumerate((*_SPECIAL, *alphabet))}
+        backend = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[]))
+        _work_on_bytes(backend, split_words=False)
+        backend.add_special_tokens(list(_SPECIAL))
+        return Tokenizer(backend)
+
+
+class FileTokenizer:
+    """A tokenizer that exists: a tokenizer.json, a folder that holds one, or the name of a model on the hub."""
+
+    def __init__(self, path: str, vocab_size: int | None = None) -> None:
+        """`vocab_size`: entries it may have at most, for the model is built for so many; None = any."""
+        self._path = path
+        self._vocab_size = vocab_size
+
+    def prepare(self, texts: Texts) -> Tokenizer:
+        """Read it; `texts` has no part in it. Raises DataError where there is none, ConfigError where it has too many entries."""
+        local = Path(self._path).expanduser()
+        local = local / "tokenizer.json" if local.is_dir() else local
+        if local.exists() or local.suffix == ".json":
+            tokenizer = load_tokenizer(local)
+        else:
+            try:
+                tokenizer = Tokenizer(_library().Tokenizer.from_pretrained(self._path))
+            except DataError:
+                raise
+            except Exception as error:  # the library raises bare Exception
+                raise DataError(
+                    f"tokenizer.path={self._path}: neither a file, nor a model whose tokenizer the hub could serve: {error}"
+                ) from error
+        if self._vocab_size is not None and tokenizer.vocab_size > self._vocab_size:
+            raise ConfigError(
+                f"tokenizer.path={self._path} has {tokenizer.vocab_size} entries, tokenizer.vocab_size={self._vocab_size}"
+                f" is fewer; set tokenizer.vocab_size={tokenizer.vocab_size} or more."
+            )
+        return tokenizer
+
+
+def _check_vocab_size(vocab_size: int) -> None:
+    needed = len(_SPECIAL) + 256
+    if vocab_size < needed:
+        raise ConfigError(
+            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(_SPECIAL)} special tokens need {needed}."
+        )
+
+
+def _work_on_bytes(backend: Any, split_words: bool) -> None:
+    """Bytes stand for characters, as in GPT-2; pieces then never cross the borders of words, if `split_words`."""
+    library = _library()
+    backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
+    backend.decoder = library.decoders.ByteLevel()
