@@ -9,20 +9,24 @@ The contract of a model (an `nn.Module`; build it by `_target_`, every hyper-par
   - decoder-only: `input_ids` [B,T] int64, optional `attention_mask` [B,T] bool -> logits [B,T,V]
   - classifier: `inputs` [B,...] float -> logits [B,C]
   Logits come in the parameters' dtype; the task computes the loss in fp32.
-* `reset_parameters(generator)`: fills every parameter in place from `torch.Generator`, in the order of `named_parameters()`;
-  the only place of initialisation (`__init__` leaves it to `reset_parameters` via `torch.nn.init` calls in it). It must work
-  after the module was built on the meta device and materialised.
+* `reset_parameter(name, generator)`: fills that parameter in place from `torch.Generator`, and
+  `reset_parameters(generator)` all of them, in the order of `named_parameters()`. The only place of initialisation:
+  what `__init__` leaves behind is arbitrary. Works after the module was built on the meta device and materialised.
 * `flops_per_sample(**lengths) -> float`: floating-point operations of forward + backward for one sample
-  (source_length, target_length; 6 x matrix parameters x tokens plus the attention term, Kaplan et al. 2020, PaLM appendix B).
+  (source_length, target_length; 6 x matrix parameters x tokens plus the attention term, Kaplan et al. 2020, PaLM
+  appendix B). Decoder-only models take target_length, classifiers nothing.
 * `max_positions: int | None`: the longest sequence it can take (None = any).
 * `vocab_size: int` where it has one.
 
 Models that generate text also have (see `trainer.generate`):
 
-* `start_decoding(batch) -> DecoderState`: runs the encoder (or the prompt) once. `batch` as above without the decoder input.
-* `decode_step(state, token_ids [R]) -> logits [R,V]`: one position for R rows (batch x beams), extending the state's cache.
-* `DecoderState.select(row_indices [R'])`: keeps/reorders/repeats rows (used for beams), returning the state to go on with.
+* `start_decoding(batch) -> DecoderState`: runs the encoder (or the prompt) once. `batch` as above without the decoder
+  input.
+* `decode_step(state, token_ids [R]) -> logits [R,V]`: one position for R rows (batch x beams), extending the state's
+  cache. `DecoderState.first_ids`: the ids to feed first where a prompt tells them, else None (the start token).
+* `DecoderState.select(row_indices [R'])`: keeps/reorders/repeats rows (used for beams), returning the state to go on
+  with.
 
-A parameter used outside its own module's `forward` breaks ZeRO-3, which gathers parameters by module: a tied output head
-therefore goes through the embedding module's `forward`, never through `embedding.weight` from elsewhere.
+A parameter used outside its own module's `forward` breaks ZeRO-3, which gathers parameters by module: a tied output
+head therefore goes through the embedding module's `forward`, never through `embedding.weight` from elsewhere.
 """

@@ -1,0 +1,161 @@
+"""Multi-head attention (Vaswani et al. 2017, 3.2): self and cross, causal, grouped-query, with an additive bias."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.models.cache import KeyValueCache
+from trainer.models.layers import Projection, dropout
+from trainer.models.positions import rotate
+
+
+def masked_score(dtype: torch.dtype) -> float:
+    """What is added to the score of a position that must not be seen.
+
+    Finite, so that a row with nothing to see averages over everything instead of giving NaN; half of the lowest number,
+    so that adding a score cannot overflow.
+    """
+    return torch.finfo(dtype).min / 2
+
+
+def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, K] bool (True = real token) -> [B, 1, 1, K] to add to scores; made once, used by every layer."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~mask, masked_score(dtype))[:, None, None, :]
+
+
+def causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[length, length] to add to scores: zero up to the diagonal, `masked_score` above."""
+    return _causal_table(-(-length // 512) * 512, dtype, device)[:length, :length]
+
+
+@lru_cache(maxsize=8)
+def _causal_table(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((length, length), masked_score(dtype), dtype=dtype, device=device).triu(1)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout_p: float, scale: float
+) -> Tensor:
+    """softmax(scale q k^T + bias) v as [B, Q, H * head_dim].
+
+    q [B, H, Q, head_dim]; k, v [B, H_kv, K, head_dim] with H a multiple of H_kv; bias broadcastable to [B, H, Q, K];
+    with `causal`, Q = K and there is no bias. On a CPU the fused kernel knows neither dropout nor a bias with gradient,
+    and PyTorch's fallback is slower than the plain products below.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and (dropout_p > 0 or (bias is not None and bias.requires_grad)):
+        if grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        scores = torch.matmul(q * scale if scale != 1.0 else q, k.transpose(-1, -2))
+        if causal:
+            bias = causal_bias(q.shape[2], q.dtype, q.device)
+        weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+        out = torch.matmul(dropout(weights, dropout_p, training=True), v)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    return out.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence over itself; queries, keys and values come from one projection."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        in_std: float,
+        out_std: float,
+        bias: bool = False,
+        scaled: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5 if scaled else 1.0
+        self.dropout = dropout
+        query_std = in_std if scaled else in_std * head_dim**-0.5
+        kv_size = self.num_kv_heads * head_dim
+        row_stds = [(num_heads * head_dim, query_std), (kv_size, in_std), (kv_size, in_std)]
+        self.qkv = Projection(d_model, row_stds, bias)
+        self.out = Projection(num_heads * head_dim, [(d_model, out_std)], bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        causal: bool = False,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """[B, T, d_model] -> [B, T, d_model].
+
+        rotary: (cos, sin) broadcastable to [B, T, 1, head_dim / 2]; with a `cache`, x continues what the cache holds
+        for `layer`, and `bias` covers all positions so far.
+        """
+        batch, length, _ = x.shape
+        heads = self.qkv(x).view(batch, length, -1, self.head_dim)
+        rotated = self.num_heads + self.num_kv_heads
+        if rotary is None:
+            q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        else:
+            qk, v = torch.split(heads, [rotated, self.num_kv_heads], dim=2)
+            q, k = torch.split(rotate(qk, *rotary), [self.num_heads, self.num_kv_heads], dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        out: Tensor = self.out(attend(q, k, v, bias, causal, self.dropout if self.training else 0.0, self.scale))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Attention of a sequence over the encoder's memory."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        head_dim: int,
+        in_std: float,
+        out_std: float,
+        bias: bool = False,
+        scaled: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5 if scaled else 1.0
+        self.dropout = dropout
+        inner = num_heads * head_dim
+        self.q = Projection(d_model, [(inner, in_std if scaled else in_std * head_dim**-0.5)], bias)
+        self.kv = Projection(d_model, [(inner, in_std), (inner, in_std)], bias)
+        self.out = Projection(inner, [(d_model, out_std)], bias)
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, d_model] -> keys and values, each [B, H, S, head_dim]."""
+        heads = self.kv(memory).view(*memory.shape[:2], 2 * self.num_heads, self.head_dim).transpose(1, 2)
+        keys, values = heads.chunk(2, dim=1)
+        return keys, values
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+        """[B, T, d_model] -> [B, T, d_model]; `keys_values` of this layer, `bias` broadcastable to [B, H, T, S]."""
+        q = self.q(x).view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+        dropout_p = self.dropout if self.training else 0.0
+        out: Tensor = self.out(attend(q, *keys_values, bias, False, dropout_p, self.scale))
+        return out

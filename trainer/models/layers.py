@@ -1,0 +1,157 @@
+"""The layers that models share: embeddings, projections, norms, feed-forward, dropout; how they are initialised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NormKind = Literal["layer", "rms"]
+Activation = Literal["relu", "gelu", "geglu", "swiglu"]
+
+
+def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None:
+    """Fill `module`'s own parameter `leaf`: norms one, biases zero, matrices normal as the module's `row_stds` say.
+
+    Matrices of `nn.LSTM` are uniform within 1 / sqrt(hidden size), its forget gates' biases one (Jozefowicz et al.
+    2015). Kernels of `nn.Conv2d` and matrices of `nn.Linear` feed ReLUs: normal with variance 2 / fan-in (He et al.
+    2015).
+    """
+    parameter = getattr(module, leaf)
+    shape = tuple(parameter.shape)
+    if isinstance(module, (Projection, TokenEmbedding, PositionEmbedding)) and leaf == "weight":
+        value = torch.randn(shape, generator=generator, device=generator.device)
+        sizes, stds = (list(column) for column in zip(*module.row_stds, strict=True))
+        for rows, std in zip(torch.split(value, sizes), stds, strict=True):
+            rows.mul_(std)
+    elif isinstance(module, nn.LSTM) and parameter.dim() > 1:
+        bound = module.hidden_size**-0.5
+        value = torch.rand(shape, generator=generator, device=generator.device).mul_(2 * bound).sub_(bound)
+    elif isinstance(module, (nn.Linear, nn.Conv2d)) and leaf == "weight":
+        std = math.sqrt(2 / math.prod(shape[1:]))
+        value = torch.randn(shape, generator=generator, device=generator.device).mul_(std)
+    else:
+        is_norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        value = torch.full(shape, 1.0 if is_norm and leaf == "weight" else 0.0)
+        if isinstance(module, nn.LSTM) and leaf.startswith("bias_ih"):
+            value[module.hidden_size : 2 * module.hidden_size] = 1.0
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+class Projection(nn.Linear):
+    """A linear map, possibly several fused by rows: `row_stds` gives (rows, standard deviation) of each."""
+
+    def __init__(self, in_features: int, row_stds: Sequence[tuple[int, float]], bias: bool = False) -> None:
+        super().__init__(in_features, sum(rows for rows, _ in row_stds), bias=bias)
+        self.row_stds = tuple(row_stds)
+
+
+def matrix_size(module: nn.Module) -> int:
+    """Elements of all linear maps inside, also while they are sharded."""
+    linear = [inner for inner in module.modules() if isinstance(inner, nn.Linear)]
+    return sum(inner.in_features * inner.out_features for inner in linear)
+
+
+class TokenEmbedding(nn.Module):
+    """Token vectors; the same `forward` is the tied output head, so that ZeRO-3 gathers the table for both uses."""
+
+    def __init__(self, vocab_size: int, d_model: int, std: float, head_bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.head_bias = nn.Parameter(torch.empty(vocab_size)) if head_bias else None
+        self.row_stds = ((vocab_size, std),)
+
+    def forward(self, inputs: Tensor, as_head: bool = False) -> Tensor:
+        """Ids [...] int64 -> vectors [..., d_model]; `as_head`: hidden [..., d_model] -> logits [..., vocab_size]."""
+        return F.linear(inputs, self.weight, self.head_bias) if as_head else F.embedding(inputs, self.weight)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned absolute positions (Gehring et al. 2017)."""
+
+    def __init__(self, max_positions: int, d_model: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_positions, d_model))
+        self.row_stds = ((max_positions, std),)
+
+    def forward(self, start: int, length: int) -> Tensor:
+        """Vectors [length, d_model] of the positions start, start + 1, ..."""
+        return self.weight[start : start + length]
+
+
+def make_norm(kind: NormKind, d_model: int, bias: bool = True) -> nn.Module:
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension."""
+    return RMSNorm(d_model, eps=1e-6) if kind == "rms" else nn.LayerNorm(d_model, eps=1e-6, bias=bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight."""
+
+
+class FeedForward(nn.Module):
+    """w_out(dropout(activation(w_in x))); gated: w_out(dropout(gelu or silu(gate x) * w_in x)) (Shazeer 2020)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        activation: Activation,
+        *,
+        in_std: float,
+        out_std: float,
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.dropout = dropout
+        self.gated = activation in ("geglu", "swiglu")
+        self.w_in = Projection(d_model, [(d_ff, in_std)] * (2 if self.gated else 1), bias)
+        self.w_out = Projection(d_ff, [(d_model, out_std)], bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_model] -> [..., d_model]."""
+        hidden = self.w_in(x)
+        if self.activation == "relu":
+            hidden = F.relu(hidden)
+        elif self.activation == "gelu":
+            hidden = F.gelu(hidden)
+        elif self.activation == "geglu":
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = F.gelu(gate, approximate="tanh") * hidden
+        else:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * hidden
+        out: Tensor = self.w_out(dropout(hidden, self.dropout, self.training))
+        return out
+
+
+def _keep_mask(x: Tensor, p: float) -> Tensor:
+    """0 or 1 in the dtype and shape of `x`, 1 with probability 1 - p (to the nearest 2^-16).
+
+    On a CPU `bernoulli_` costs more than the matrix products around it; 16 random bits an element cost a fifth of it.
+    """
+    if x.device.type != "cpu":
+        return torch.empty_like(x).bernoulli_(1 - p)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+    return (bits >= round(p * 2**16) - 2**15).to(x.dtype)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Inverted dropout (Srivastava et al. 2014): in training, x * keep / (1 - p)."""
+    if not training or p == 0.0:
+        return x
+    return F.dropout(x, p) if x.device.type != "cpu" else x * _keep_mask(x, p).mul_(1 / (1 - p))
+
+
+def add_dropped(residual: Tensor, x: Tensor, p: float, training: bool) -> Tensor:
+    """residual + dropout(x), in one pass."""
+    if not training or p == 0.0:
+        return residual + x
+    return torch.addcmul(residual, x, _keep_mask(x, p), value=1 / (1 - p))
