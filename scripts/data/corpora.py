@@ -85,6 +85,13 @@ def read_jsonl_gz(path: Path) -> Iterator[dict[str, str]]:
         yield from map(json.loads, lines)
 
 
+def write_checksums(folder: Path) -> None:
+    """SHA256SUMS of the data files of a packaged corpus, for `sha256sum --check`."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".gz", ".parquet"))
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
+
+
 def pip_download(requirement: str, *options: str) -> Path:
     """The wheel of `requirement` (an exact version), in a new temporary folder; exits with pip's words if it fails."""
     folder = Path(tempfile.mkdtemp(prefix="corpus-"))

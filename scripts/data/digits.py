@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from corpora import CORPORA, SPLITS, pip_download, unit_hash
+from corpora import CORPORA, SPLITS, pip_download, unit_hash, write_checksums
 
 RELEASE = "scikit-learn==1.9.1"
 MEMBER = "sklearn/datasets/data/digits.csv.gz"
@@ -62,6 +62,7 @@ def main() -> None:
     for name, images in deal(rows).items():
         pq.write_table(to_table(images), options.out / f"{name}.parquet", compression="zstd")
         print(f"{name:10}  {len(images):5,} images")
+    write_checksums(options.out)
 
 
 if __name__ == "__main__":

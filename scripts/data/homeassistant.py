@@ -15,7 +15,17 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpora import CORPORA, SPLITS, copy_bleu, normalise, pip_download, split_pairs, squeeze, write_jsonl_gz
+from corpora import (
+    CORPORA,
+    SPLITS,
+    copy_bleu,
+    normalise,
+    pip_download,
+    split_pairs,
+    squeeze,
+    write_checksums,
+    write_jsonl_gz,
+)
 
 RELEASE = "homeassistant==2026.2.3"
 PYTHON = "3.14"  # the wheel is pure Python but asks for a newer one than ours
@@ -81,6 +91,7 @@ def main() -> None:
         copied = copy_bleu(splits[name], "en", options.language)
         note = "" if copied is None else f"  BLEU of copying {copied:.2f}"
         print(f"{name:10}  {len(splits[name]):6,} pairs{note}")
+    write_checksums(out)
 
 
 if __name__ == "__main__":

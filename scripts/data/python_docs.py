@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpora import CORPORA, SPLITS, normalise, split_name, write_jsonl_gz
+from corpora import CORPORA, SPLITS, normalise, split_name, write_checksums, write_jsonl_gz
 from debian import Apt, NoApt
 
 PACKAGE = "python3.11-doc"
@@ -87,6 +87,7 @@ def main() -> None:
         files = len({row["source"] for row in splits[name]})
         size = sum(len(row["text"].encode()) for row in splits[name])
         print(f"{name:10}  {files:4} files  {len(splits[name]):6,} passages  {size:10,} bytes of text")
+    write_checksums(options.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Set up, then run the whole test suite: bash scripts/test.sh [arguments of pytest ...]
+# For example: bash scripts/test.sh tests/models, bash scripts/test.sh -m "not slow"
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd -- "$root"
+bash scripts/setup.sh
+export PATH=$root/.venv/bin:$PATH OMP_NUM_THREADS=1
+[ $# -gt 0 ] || set -- -n 2 --dist worksteal -q
+exec python -m pytest "$@"
