@@ -1,4 +1,4 @@
-"""Draw the curves of one or several runs, from their metrics.jsonl: python scripts/curves.py RUN_DIR ... [--out FILE.png]"""
+"""Draw the curves of runs, from their metrics.jsonl: python scripts/curves.py RUN_DIR ... [--out FILE.png]"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came of a translation run: scores, held-out sentences, and where everything lies: python scripts/report.py RUN_DIR"""
+"""What came of a translation run, its scores, sentences and files: python scripts/report.py RUN_DIR"""
 
 from __future__ import annotations
 
