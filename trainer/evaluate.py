@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -26,10 +25,7 @@ from trainer.errors import ConfigError, DataError, SetupError
 from trainer.tasks import IGNORE, Batch, Encoded, Record, ScoresText, Task
 
 if TYPE_CHECKING:
-    from trainer.config import Config
-    from trainer.data.stream import StreamData
     from trainer.plan import RunPlan
-    from trainer.state import TrainState
 
 MAX_SENTENCES = 64
 """Sentences decoded at once on a rank: beams multiply the rows, and caches the memory."""
@@ -51,9 +47,12 @@ class Sample(Protocol):
 class Evaluated(Protocol):
     """What evaluation needs of an engine (see `trainer.engine.base.Engine`)."""
 
-    module: torch.nn.Module
-    model: torch.nn.Module
-    ranks_must_step_together: bool
+    @property
+    def module(self) -> torch.nn.Module: ...
+    @property
+    def model(self) -> torch.nn.Module: ...
+    @property
+    def ranks_must_step_together(self) -> bool: ...
 
     def evaluating(self) -> AbstractContextManager[None]: ...
 
@@ -121,45 +120,26 @@ def evaluate_fully(
     return result
 
 
-def evaluate_final(training: Any, state: TrainState) -> None:
-    """The evaluation at the end of a run, on eval.final_split ("none": nothing); written to evaluation.json, too.
+def check_enough_samples(split: str, num_samples: int, max_samples: int | None, world_size: int) -> None:
+    """Refuse more ranks than samples to evaluate; to be called before training.
 
-    training: a `trainer.loop.Training` (whose module imports this one).
+    num_samples: usable samples of the split, counted up to `world_size`. Raises DataError for none and ConfigError for
+    too few, with the numbers and what to do.
     """
-    config: Config = training.config
-    if config.eval.final_split == "none":
-        return
-    evaluation = Evaluation(
-        config.eval.final_split, config.eval.max_samples, training.plan, config.eval.generate, final=True
-    )
-    metrics = evaluate(training.engine, training.task, training.data, evaluation, training.directory.path, state.step)
-    split = {} if evaluation.split == "validation" else {"split": evaluation.split}
-    training.sinks.log_evaluation(state.step, {**split, **metrics})
-
-
-def check_evaluation(config: Config, plan: RunPlan, data: StreamData, task: Task) -> None:
-    """Before training: refuse splits to be evaluated that have fewer usable samples than there are ranks.
-
-    Reads no more records than that takes. Raises ConfigError for too few, DataError for none.
-    """
-    splits = {"validation"} if config.eval.every > 0 else set()
-    for split in sorted(splits | ({config.eval.final_split} - {"none"})):
-        _check_enough_samples(split, data, task, config.eval.max_samples, plan.world_size)
-
-
-def _check_enough_samples(split: str, data: StreamData, task: Task, max_samples: int | None, world_size: int) -> None:
+    if num_samples == 0:
+        raise _no_sample(split)
+    if num_samples < world_size:
+        raise ConfigError(
+            f"The split {split} has {num_samples} samples for {world_size} ranks; use at most {num_samples} ranks."
+        )
     if max_samples is not None and max_samples < world_size:
         raise ConfigError(
             f"eval.max_samples={max_samples} is less than the {world_size} ranks; use at least {world_size}."
         )
-    usable = (record for record in data.records(split) if isinstance(task.encode([record])[0], Encoded))
-    count = sum(1 for _ in islice(usable, world_size))
-    if count == 0:
-        raise DataError(
-            f"The split {split} has no usable sample; check data.{split} and the task's columns and limits."
-        )
-    if count < world_size:
-        raise ConfigError(f"The split {split} has {count} samples for {world_size} ranks; use at most {count} ranks.")
+
+
+def _no_sample(split: str) -> DataError:
+    return DataError(f"The split {split} has no usable sample; check data.{split} and the task's columns and limits.")
 
 
 def generations_path(directory: Path, split: str, step: int) -> Path:
@@ -185,7 +165,7 @@ def _any_sample(samples: Sequence[Sample], split: str) -> Encoded:
     for sample in offered:
         if sample is not None:
             return sample
-    raise DataError(f"The split {split} has no usable sample; check data.{split} and the task's columns and limits.")
+    raise _no_sample(split)
 
 
 def _token_metrics(

@@ -160,5 +160,5 @@ def _table(path: Path) -> wandb.Table:
 
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in islice(file, _TABLE_ROWS)]
-    columns = ["source", "reference", "hypothesis"]
-    return wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+    columns = ("source", "reference", "hypothesis")
+    return wandb.Table(columns=list(columns), data=[[row[column] for column in columns] for row in rows])

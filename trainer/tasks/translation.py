@@ -175,7 +175,8 @@ class Translation:
         self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str]
     ) -> dict[str, float | str]:
         """Corpus BLEU and chrF by sacreBLEU (Post 2018), and `copy_bleu`: what copying the source would score."""
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
 
         bleu, chrf = BLEU(tokenize=self._bleu_tokenize), CHRF()
         return {
@@ -191,7 +192,7 @@ def _check_bleu_tokenize(name: str) -> None:
     """Find out now, not at the first evaluation, that sacreBLEU cannot tokenize so."""
     if name not in BLEU_TOKENIZERS:
         raise ConfigError(f"task.bleu_tokenize={name} is not known; choose one of {', '.join(BLEU_TOKENIZERS)}.")
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     try:
         BLEU(tokenize=name)

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import builtins
+import json
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record
+
+from trainer.errors import ConfigError
+from trainer.metrics import RunInfo, StepInfo
+from trainer.metrics.sinks import SafeSinks
+from trainer.metrics.wandb import WandbSink, choose_mode
+
+MakeRun = Callable[..., RunInfo]
+MakeStep = Callable[..., StepInfo]
+
+
+@pytest.fixture
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+BLOCK_BYTES = 32 * 1024
+
+
+def scan(data: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: a 7-byte head, then LevelDB's log format (blocks; CRC, length, type of each piece)."""
+    at, record = 7, b""
+    while at < len(data):
+        if BLOCK_BYTES - at % BLOCK_BYTES < 7:
+            at += BLOCK_BYTES - at % BLOCK_BYTES
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
+def offline_records(directory: Path) -> list[list[Record]]:
+    """What W&B wrote, a list for each time the run was opened."""
+    paths = sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
+    return [[Record.FromString(record) for record in scan(path.read_bytes())] for path in paths]
+
+
+def rows(records: list[Record]) -> list[dict[str, Any]]:
+    found = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            found.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+    return found
+
+
+@pytest.mark.usefixtures("no_account")
+def test_an_offline_run_holds_config_steps_evaluations_and_samples(
+    make_run: MakeRun, make_step: MakeStep, tmp_path: Path
+) -> None:
+    (tmp_path / "generations").mkdir()
+    line = {"source": "a", "reference": "b", "hypothesis": "c"}
+    (tmp_path / "generations" / "step_00000002.jsonl").write_text(json.dumps(line) + "\n")
+    reports: list[str] = []
+    sinks = SafeSinks([WandbSink(project="p")], reports.append)
+    sinks.open(make_run())
+    sinks.log(make_step(1))
+    sinks.log_evaluation(2, {"eval/loss": 1.5})
+    sinks.log_evaluation(2, {"split": "test", "eval/loss": 1.75})
+    sinks.close("finished")
+    assert reports == []
+
+    (records,) = offline_records(tmp_path)
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["model"] == {"_target_": "a.B", "sizes": [1, 2]}, "a real tree, not flattened text"
+    assert config["plan"] == {"world_size": 2}
+    assert (run.project, run.display_name) == ("p", "trial")
+
+    training, validation, test = rows(records)
+    assert (training["step"], training["loss"], training["tokens_per_second"]) == (1, 2.5, 12345.6)
+    assert "mfu" not in training
+    assert (validation["step"], validation["eval/loss"]) == (2, 1.5)
+    assert validation["generations/nrows"] == 1
+    assert test["test/loss"] == 1.75 and "eval/loss" not in test
+    metrics = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
+    assert any(metric.glob_name == "*" and metric.step_metric == "step" for metric in metrics)
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_resumed_run_keeps_its_id(make_run: MakeRun, make_step: MakeStep, tmp_path: Path) -> None:
+    for first_step in (0, 2):
+        sink = WandbSink()
+        sink.open(make_run(first_step=first_step))
+        sink.log(make_step(first_step + 1))
+        sink.close("finished")
+    ids = {path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*")}
+    assert ids == {(tmp_path / "wandb" / "run_id").read_text().strip()}
+
+
+@pytest.mark.usefixtures("no_account")
+def test_without_the_package_the_cure_is_named_and_training_goes_on(
+    make_run: MakeRun, make_step: MakeStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_import = builtins.__import__
+
+    def no_wandb(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "wandb":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_wandb)
+    reports: list[str] = []
+    sinks = SafeSinks([WandbSink()], reports.append)
+    sinks.open(make_run())
+    sinks.log(make_step(1))
+    sinks.close("finished")
+    assert len(reports) == 1 and "pip install wandb" in reports[0]
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_server_that_does_not_answer_is_given_up_soon(
+    make_run: MakeRun, make_step: MakeStep, monkeypatch: pytest.MonkeyPatch, free_port: int
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port}")
+    reports: list[str] = []
+    sinks = SafeSinks([WandbSink(start_seconds=2.0)], reports.append)
+    sinks.open(make_run())
+    sinks.log(make_step(1))
+    sinks.close("finished")
+    assert len(reports) == 1 and "WandbSink failed in open" in reports[0]
+
+
+@pytest.mark.usefixtures("no_account")
+def test_an_upload_without_end_is_left_with_the_way_to_finish_it(make_run: MakeRun, tmp_path: Path) -> None:
+    release = threading.Event()
+    sink = WandbSink(mode="offline", finish_seconds=0.05)
+    sink.open(make_run())
+    real, sink._run = sink._run, SimpleNamespace(summary={}, finish=lambda exit_code: release.wait(30))  # type: ignore[assignment]
+    with pytest.raises(TimeoutError, match="wandb sync"):
+        sink.close("finished")
+    release.set()
+    assert real is not None
+    real.finish()
+
+
+@pytest.mark.usefixtures("no_account")
+def test_disabled_writes_nothing(make_run: MakeRun, make_step: MakeStep, tmp_path: Path) -> None:
+    sink = WandbSink(mode="disabled")
+    sink.open(make_run())
+    sink.log(make_step(1))
+    sink.log_evaluation(1, {"eval/loss": 1.0})
+    sink.event(1, "hello")
+    sink.close("finished")
+    assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.usefixtures("no_account")
+def test_auto_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert choose_mode("auto") == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert choose_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert choose_mode("auto") == "offline", "the key is for another server"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert choose_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_mode("auto") == "disabled"
+    assert choose_mode("offline") == "offline", "what the configuration says outright holds"
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ConfigError, match="onlin"):
+        WandbSink(mode="onlin")
