@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from trainer.errors import ConfigError
 from trainer.schedule import WSD, Constant, Cosine, InverseSquareRoot, Linear
 

@@ -87,7 +87,7 @@ def check_parts(config: Config) -> None:
 
 def part_problems(values: Mapping[str, Any]) -> list[str]:
     """What is wrong with the parts in the top level of a configuration, as far as it is there."""
-    parts = [(key, values[key], RUNTIME_ARGUMENTS.get(key, ())) for key in PARTS if values.get(key) is not None]
+    parts = [(key, _given(key, values[key]), RUNTIME_ARGUMENTS.get(key, ())) for key in PARTS if values.get(key)]
     parts += [(f"logging.{name}", sink, ()) for name, sink in values.get("logging", {}).items()]
     allowed = values.get("allow_targets", ())
     return [
@@ -95,6 +95,11 @@ def part_problems(values: Mapping[str, Any]) -> list[str]:
         for key, part, runtime in parts
         for problem in (_forbidden(part["_target_"], key, allowed) or check(part, key, runtime))
     ]
+
+
+def _given(key: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    """The part without what the trainer keeps beside a tokenizer's arguments, its SHA-256."""
+    return {name: value for name, value in part.items() if (key, name) != ("tokenizer", "sha256")}
 
 
 def _forbidden(target: str, key: str, allowed: Sequence[str]) -> list[str]:
@@ -136,7 +141,7 @@ def _resolve(target: str, key: str) -> Callable[..., Any]:
         suggestion = _full_stop(did_you_mean(name, public), path)
         raise ConfigError(f"{place}: there is no {name} in {path}{suggestion}")
     if not callable(found):
-        raise ConfigError(f"{place} is a {type(found).__name__}; it must be a class or a function.")
+        raise ConfigError(f"{place} is of type {type(found).__name__}; it must be a class or a function.")
     built: Callable[..., Any] = found
     return built
 

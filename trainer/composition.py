@@ -97,7 +97,7 @@ def _named(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def _told(error: Exception, arguments: Sequence[str]) -> ConfigError:
-    """Everything wrong with `arguments`, which Hydra refused by `error`; if they ask for a run, the schema is asked too."""
+    """Everything wrong with `arguments`, which Hydra refused by `error`; if they ask for a run, by the schema too."""
     flags = get_args_parser().parse_args(list(arguments))
     problems, composed = mistakes(arguments)
     if composed is not None and not (flags.cfg or flags.help or flags.hydra_help or flags.info):

@@ -82,7 +82,7 @@ class EvalConfig:
 
     every: int = 0  # steps; 0: only at the end
     max_samples: int | None = None
-    generate: bool = True  # also decode (BLEU, chrF ...); costs far more than the loss
+    generate: bool = True  # also decode (BLEU, chrF ...), which costs far more than the loss; the final one always does
     final_split: FinalSplit = FinalSplit.test  # evaluated once at the end of the run
 
 
@@ -295,6 +295,8 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
                 f"engine.offload_{states}=cpu needs ZeRO stage {least} or higher, and engine.stage={stage};"
                 f" choose engine=zero3_offload, or engine.offload_{states}=none."
             )
+    if values.get("schedule.unit") == "tokens" and values.get("stop.tokens") is None:
+        problems.append("schedule.unit=tokens needs the number of tokens at the run's end; set stop.tokens.")
     if values.get("stop.patience") is not None and values.get("eval.every") == 0:
         problems.append(
             f"stop.patience={values['stop.patience']} counts evaluations, and eval.every=0 makes none; set eval.every."

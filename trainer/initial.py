@@ -1,6 +1,7 @@
 """The first weights: a pure function of (seed, parameter name), one parameter at a time.
 
-So they are the same for every engine, precision and number of ranks, and no rank ever holds the whole model in fp32 for them.
+So they are the same for every engine, precision and number of ranks, and no rank ever holds the whole model in fp32
+for them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from trainer.engine.base import BuildModel, Engine
 def initialise(engine: Engine, build_model: BuildModel, seed: int) -> None:
     """Write the first masters into `engine` through its fragments, and let the working parameters follow.
 
-    build_model: builds the model's twin on the meta device; one parameter of it at a time gets storage, is filled by the
-    model's `reset_parameter`, and is given back.
+    build_model: builds the model's twin on the meta device; one parameter of it at a time gets storage, is filled by
+    the model's `reset_parameter`, and is given back.
     """
     with torch.device("meta"):
         twin: Any = build_model()

@@ -1,4 +1,4 @@
-"""The training loop. Reads from top to bottom: fetch, agree, learn, report, evaluate, save; until there is a reason to stop."""
+"""The training loop: fetch, agree, learn, report, evaluate, save; until there is a reason to stop."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _StepTotals:
-    """What all ranks agree on before a step. `micro_batches`: how many every rank runs; `seconds`, `signal`: of any rank."""
+    """What all ranks agree on before a step. `micro_batches`: how many every rank runs; `seconds`, `signal`: of any
+    rank."""
 
     target_tokens: int
     samples: int

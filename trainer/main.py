@@ -84,7 +84,7 @@ def run(config: Config, overrides: Sequence[str]) -> int:
         state, outcome = fit(training, state, lanes)
         loader.close()
         if outcome.status == "finished" and config.eval.final_split != "none":
-            final = Evaluation(config.eval.final_split, None, plan, config.eval.generate, final=True)
+            final = Evaluation(config.eval.final_split, None, plan, generate=True, final=True)
             sinks.log_evaluation(state.step, evaluate(engine, task, data, final, directory.path, state.step))
         if distributed.rank() == 0:
             sinks.event(state.step, f"{outcome.status}: {outcome.reason}")

@@ -1,7 +1,7 @@
 """Optimizers: which parameters decay, and what each optimizer is asked to do.
 
-The optimizer itself is a part (`torch.optim.AdamW`, `SGD`, `Adafactor`, or any allowed class); this module only groups the
-parameters. Learning rates come from the schedule at every step.
+The optimizer itself is a part (`torch.optim.AdamW`, `SGD`, `Adafactor`, or any allowed class); this module only
+groups the parameters. Learning rates come from the schedule at every step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The parts of a run that training and inference share: data, tokenizer, task, model; and whether they fit each other."""
+"""The parts of a run that training and inference share: data, tokenizer, task, model; and whether they fit each
+other."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def make_task(config: Config, tokenizer: Tokenizer | None) -> Task:
 
 
 def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | None) -> None:
-    """Refuse parts that do not fit each other. Raises ConfigError with every problem. `model`: its twin on the meta device."""
+    """Refuse parts that do not fit each other. Raises ConfigError with every problem. `model`: its twin on the meta
+    device."""
     problems = []
     positions = getattr(model, "max_positions", None)
     if task.max_length is not None and positions is not None and task.max_length > positions:

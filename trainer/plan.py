@@ -43,34 +43,39 @@ def nearest_multiples(value: int, divisor: int) -> list[int]:
     return [multiple for multiple in (below, below + divisor) if multiple > 0]
 
 
+def _either(values: list[int]) -> str:
+    return " or ".join(map(str, values))
+
+
 def make_plan(config: Config, world_size: int) -> RunPlan:
     """Derive the split of the global batch over `world_size` ranks.
 
-    Raises ConfigError with every number that does not fit and the nearest that do.
+    Raises ConfigError with the number that does not fit and the nearest that do.
     """
     batch = config.batch
-    problems: list[str] = []
     if batch.micro_size is not None and batch.micro_tokens is not None:
-        problems.append(
+        raise ConfigError(
             f"batch.micro_size={batch.micro_size} and batch.micro_tokens={batch.micro_tokens} are both set;"
             " set one of them to null."
         )
-    if batch.global_size % world_size:
-        nearest = " or ".join(map(str, nearest_multiples(batch.global_size, world_size)))
-        problems.append(
-            f"batch.global_size={batch.global_size} does not divide over {world_size} ranks; use {nearest}."
+    rank_size, rest = divmod(batch.global_size, world_size)
+    micro_size = None if batch.micro_tokens is not None else batch.micro_size or rank_size
+    if rest:
+        nearest = _either(nearest_multiples(batch.global_size, world_size * (batch.micro_size or 1)))
+        raise ConfigError(
+            f"batch.global_size={batch.global_size} does not divide over {world_size} ranks"
+            f"{f' x batch.micro_size={batch.micro_size}' if batch.micro_size else ''};"
+            f" use batch.global_size={nearest}."
         )
-    rank_size = batch.global_size // world_size
-    micro_size = None if batch.micro_tokens is not None else (batch.micro_size or rank_size)
-    if not problems and micro_size is not None and rank_size % micro_size:
-        fitting = sorted((d for d in range(1, rank_size + 1) if rank_size % d == 0), key=lambda d: abs(d - micro_size))
-        nearest = " or ".join(map(str, fitting[:2]))
-        problems.append(
+    if micro_size is not None and rank_size % micro_size:
+        divisors = (size for size in range(1, rank_size + 1) if rank_size % size == 0)
+        micro_sizes = sorted(sorted(divisors, key=lambda size: abs(size - micro_size))[:2])
+        global_sizes = nearest_multiples(batch.global_size, world_size * micro_size)
+        raise ConfigError(
             f"batch.micro_size={micro_size} does not divide the {rank_size} samples of each rank"
-            f" (batch.global_size={batch.global_size} / {world_size} ranks); use {nearest}."
+            f" (batch.global_size={batch.global_size} / {world_size} ranks);"
+            f" use batch.micro_size={_either(micro_sizes)}, or batch.global_size={_either(global_sizes)}."
         )
-    if problems:
-        raise ConfigError(*problems)
     zero = config.engine.kind == "zero"
     return RunPlan(
         world_size=world_size,

@@ -33,8 +33,8 @@ class RunDirectory:
     def check(self, config: Config) -> None:
         """Refuse what must not be overwritten or cannot be resumed; writes nothing.
 
-        Raises ConfigError showing the difference, CheckpointError under resume=must without a checkpoint, SetupError where
-        the folder cannot be written.
+        Raises ConfigError showing the difference, CheckpointError under resume=must without a checkpoint, SetupError
+        where the folder cannot be written.
         """
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -1,7 +1,8 @@
 """Learning-rate schedules: pure functions of progress. No state, so nothing to save and nothing to run too fast.
 
-A schedule maps progress to a factor of `optimizer.lr`. Progress counts optimizer steps (never micro-batches or ranks), or tokens
-with `unit=tokens`; `warmup` and `total` are in that unit. `total` is given by the trainer: the run's `steps`, or `stop.tokens`.
+A schedule maps progress to a factor of `optimizer.lr`. Progress counts optimizer steps (never micro-batches or
+ranks), or tokens with `unit=tokens`; `warmup` and `total` are in that unit. `total` is given by the trainer: the
+run's `steps`, or `stop.tokens`.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class InverseSquareRoot(_Base):
 
 @dataclass(frozen=True, slots=True)
 class WSD(_Base):
-    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4.2): linear to `final` over the last `decay` fraction of the run."""
+    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4.2): linear to `final` over the last `decay` fraction
+    of the run."""
 
     decay: float = 0.2
     final: float = 0.0

@@ -1,4 +1,5 @@
-"""What a run remembers from step to step, apart from weights and data positions. Frozen: every step makes the next one."""
+"""What a run remembers from step to step, apart from weights and data positions. Frozen: every step makes the next
+one."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from typing import Any
 class TrainState:
     """Totals since the first step of the run, over all ranks and restarts.
 
-    step: optimizer steps done; tokens: target tokens; samples; epoch: passes over the data, fractional; seconds: wall time spent
-    training; best: the best value of the headline metric so far and the step that reached it; stale_evaluations: how many
-    evaluations ago that was.
+    step: optimizer steps done; tokens: target tokens; samples; epoch: passes over the data, fractional; seconds: wall
+    time spent training; best: the best value of the headline metric so far and the step that reached it;
+    stale_evaluations: how many evaluations ago that was.
     """
 
     step: int = 0

@@ -19,7 +19,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """How a sentence ends: `; did you mean X?` with the nearest dotted key, else the nearest last name; or a full stop."""
+    """A sentence's end: `; did you mean X?` with the nearest dotted key, else the nearest last name; or a full stop."""
     keys = sorted(known)
     near = difflib.get_close_matches(word, keys, n=1, cutoff=0.7)
     if not near:
@@ -38,7 +38,8 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(describe(member) for member in get_args(hint))
+        simple = [member for member in get_args(hint) if member in names or get_origin(member) is not None]
+        return " or ".join(map(describe, simple or get_args(hint)))
     if get_origin(hint) in (list, tuple, Sequence):
         return f"a list with {describe(get_args(hint)[0])} in each place"
     return getattr(hint, "__name__", str(hint))

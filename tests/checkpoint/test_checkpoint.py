@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+
 from trainer.checkpoint.load import Checkpoint, Reader, find, load, newest, read
 from trainer.checkpoint.save import point, prune, save
 from trainer.engine.base import Fragment

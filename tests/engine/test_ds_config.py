@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from trainer.engine.ds_config import make_ds_config
 from trainer.plan import RunPlan
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+
 from trainer.engine.plain import PlainEngine
 from trainer.optim import build_optimizer
 from trainer.tasks import LossSums

@@ -7,8 +7,8 @@
     checkpoints/latest                the name of the newest whole one
     checkpoints/best                  the name of the best one by the task's headline metric
 
-`save.py` writes into a temporary folder that is renamed when every rank is done; `load.py` reads from any such folder just the
-ranges that a rank's fragments ask for, whatever ranks and engine wrote it.
+`save.py` writes into a temporary folder that is renamed when every rank is done; `load.py` reads from any such folder
+just the ranges that a rank's fragments ask for, whatever ranks and engine wrote it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """Engines: the trainer knows *when*, the engine knows *how*.
 
-`plain.py` is PyTorch alone, `zero.py` is DeepSpeed ZeRO (its only importer), `ds_config.py` writes DeepSpeed's JSON from the plan.
+`plain.py` is PyTorch alone, `zero.py` is DeepSpeed ZeRO (its only importer), `ds_config.py` writes DeepSpeed's JSON
+from the plan.
 """

@@ -21,8 +21,8 @@ class Fragment:
     """A piece of one parameter's training state that this rank owns.
 
     parameter: name in the model; key: "master" (fp32 weights) or an optimizer state ("exp_avg" ...);
-    start: where the piece begins in the flattened whole; shape: of the whole; tensor: a live flat view: reading it saves,
-    writing into it loads.
+    start: where the piece begins in the flattened whole; shape: of the whole; tensor: a live flat view: reading it
+    saves, writing into it loads.
     """
 
     parameter: str
@@ -53,12 +53,14 @@ class Engine(Protocol):
     def forward_backward(self, task: Task, batch: Batch, scale: float, last: bool) -> LossSums:
         """Loss of one micro-batch and its gradient x `scale`, added to the gradients of this step.
 
-        Gradients are *summed* over micro-batches and ranks; with scale = 1 / target tokens of the global batch the result is
-        the gradient of the mean over its tokens. `last`: no micro-batch of this step follows (gradients may be reduced now).
+        Gradients are *summed* over micro-batches and ranks; with scale = 1 / target tokens of the global batch the
+        result is the gradient of the mean over its tokens. `last`: no micro-batch of this step follows (gradients may
+        be reduced now).
         """
 
     def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr`, clear the gradients; returns the global gradient norm before clipping."""
+        """Clip, update with learning rate `lr`, clear the gradients; returns the global gradient norm before
+        clipping."""
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's pieces of the training state; over all ranks they cover all of it at least once.

@@ -1,7 +1,7 @@
 """RunPlan -> DeepSpeed's JSON. Pure, and the only file that spells DeepSpeed's keys.
 
-The JSON is output: it is written to the run directory and handed to DeepSpeed, never read from a user. `train_batch_size` is
-not in it: DeepSpeed would assert its own product of numbers that we derive once, in the plan.
+The JSON is output: it is written to the run directory and handed to DeepSpeed, never read from a user.
+`train_batch_size` is not in it: DeepSpeed would assert its own product of numbers that we derive once, in the plan.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PyTorch alone: every rank holds the whole training state; gradients are summed over the ranks.
 
-Mixed precision is what DeepSpeed does: parameters, activations and gradients in bf16, masters and optimizer states in fp32.
-All parameters live in one flat buffer, and so do gradients and masters: casting, reducing and measuring the norm
+Mixed precision is what DeepSpeed does: parameters, activations and gradients in bf16, masters and optimizer states in
+fp32. All parameters live in one flat buffer, and so do gradients and masters: casting, reducing and measuring the norm
 are each one operation, whatever the number of layers.
 """
 

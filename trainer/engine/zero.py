@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO behind the engine's contract; the only importer of `deepspeed`.
 
-DeepSpeed averages gradients over ranks and divides by the accumulation; the contract sums. So the loss is scaled by the world size
-here and the division by accumulation is switched off. Accumulation boundaries are DeepSpeed's own (`set_gradient_accumulation_boundary`).
+DeepSpeed averages gradients over ranks and divides by the accumulation; the contract sums. So the loss is scaled by
+the world size here and the division by accumulation is switched off. Accumulation boundaries are DeepSpeed's own
+(`set_gradient_accumulation_boundary`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Where a piece of a parameter lives: `numel` elements from `start` of the parameter, at `offset` in `flat` (fp32)."""
+    """Where a piece of a parameter lives: `numel` elements from `start` of the parameter, at `offset` in `flat`
+    (fp32)."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -56,7 +58,8 @@ class ZeroEngine:
         ds_config: dict[str, Any],
         compiled: bool = False,
     ) -> None:
-        """`build_model` runs inside `deepspeed.zero.Init` for stage 3, which partitions each module as soon as it exists."""
+        """`build_model` runs inside `deepspeed.zero.Init` for stage 3, which partitions each module as soon as it
+        exists."""
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self.ranks_must_step_together = self.stage == 3
         with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=self.stage == 3):

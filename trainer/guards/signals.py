@@ -20,7 +20,8 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Turn the signals into a request; a second one leaves at once with the shell's 128 + number. Restores the old handlers."""
+    """Turn the signals into a request; a second one leaves at once with the shell's 128 + number. Restores the old
+    handlers."""
     request = StopRequest()
 
     def on_signal(number: int, _: FrameType | None) -> None:

@@ -19,8 +19,8 @@ def peak_flops(device_name: str) -> float | None:
 class Meter:
     """Collects one rank's measurements between two logged steps; `report` closes the interval.
 
-    Sums given to `report` are over all ranks; what is collected here is this rank's, and times are taken as every rank's, since
-    ranks step together.
+    Sums given to `report` are over all ranks; what is collected here is this rank's, and times are taken as every
+    rank's, since ranks step together.
     """
 
     def __init__(self, clock: Callable[[], float], peak_flops_per_second: float | None) -> None:
@@ -38,7 +38,8 @@ class Meter:
         self.flops = 0.0
 
     def step_done(self, tokens: int, positions: int, padding: int, wait_seconds: float, flops: float) -> None:
-        """One optimizer step: target tokens of the *global* batch; this rank's positions, padding, wait for data and model FLOPs."""
+        """One optimizer step: target tokens of the *global* batch; this rank's positions, padding, wait for data and
+        model FLOPs."""
         self._steps += 1
         self._tokens += tokens
         self.positions += positions

@@ -39,6 +39,11 @@ def _causal_table(length: int, dtype: torch.dtype, device: torch.device) -> Tens
         return torch.full((length, length), masked_score(dtype), dtype=dtype, device=device).triu(1)
 
 
+SHORT = 512
+"""Keys up to which plain products beat PyTorch's fused CPU kernel in bf16, whose backward pass is slow: 2 to 9 times on
+sentences (`python scripts/bench/attention.py`)."""
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout_p: float, scale: float
 ) -> Tensor:
@@ -46,10 +51,12 @@ def attend(
 
     q [B, H, Q, head_dim]; k, v [B, H_kv, K, head_dim] with H a multiple of H_kv; bias broadcastable to [B, H, Q, K];
     with `causal`, Q = K and there is no bias. On a CPU the fused kernel knows neither dropout nor a bias with gradient,
-    and PyTorch's fallback is slower than the plain products below.
+    PyTorch's fallback is slower than the plain products below, and so is the kernel for short sequences in bf16.
     """
     grouped = q.shape[1] != k.shape[1]
-    if q.device.type == "cpu" and (dropout_p > 0 or (bias is not None and bias.requires_grad)):
+    unfused = dropout_p > 0 or (bias is not None and bias.requires_grad)
+    short = q.dtype == torch.bfloat16 and torch.is_grad_enabled() and k.shape[2] <= SHORT
+    if q.device.type == "cpu" and (unfused or short):
         if grouped:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         scores = torch.matmul(q * scale if scale != 1.0 else q, k.transpose(-1, -2))
