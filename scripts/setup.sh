@@ -71,7 +71,7 @@ find_compiler() { # DeepSpeed compiles its shared-memory collectives at first us
 explain_pip() { # turn pip's words into a cure
     tail -n 15 -- "$log" >&2
     if grep -qE 'No space left|Errno 28' "$log"; then
-        fail "the disk is full." "Free at least $needed_gb GB at $root and in ${TMPDIR:-/tmp}, then call this again; it goes on."
+        fail "the disk is full." "Free space at $root and in ${TMPDIR:-/tmp} ($needed_gb GB; 10 GB for a CUDA build of torch), then call this again; it goes on."
     elif grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|Network is unreachable|Temporary failure' "$log"; then
         fail "pip cannot reach its package index." "Check the network and proxy (or PIP_INDEX_URL for a mirror), then call this again; it goes on."
     fi
@@ -91,12 +91,16 @@ make_venv() {
             fail "$python could not make a virtual environment." "Its words are above (Debian, Ubuntu: apt-get install python3-venv)."
     fi
     : >"$log"
-    say "installing the locked packages (about 1.6 GB, 2 minutes)"
+    say "installing the locked packages (2 GB, or 6 GB with CUDA; about 2 minutes)"
     pip_install -r requirements.lock
     pip_install --no-deps --no-build-isolation --editable .
 }
 
 compile_collectives() { # on CPU, so that no first run waits for the compiler, nor for a lock that a killed one left behind
+    if [[ $venv =~ [[:space:]] ]]; then
+        say "the path $root has white space, which torch's compiler calls cannot take: ZeRO uses gloo, and CPU offload is not available"
+        return
+    fi
     local cache=${TORCH_EXTENSIONS_DIR:-${HOME:-/nonexistent}/.cache/torch_extensions}
     find "$cache" -name lock -mmin +15 -delete 2>/dev/null || true
     say "compiling DeepSpeed's shared-memory collectives"
