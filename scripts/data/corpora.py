@@ -106,9 +106,11 @@ def pip_download(requirement: str, *options: str) -> Path:
 
 
 def copy_bleu(pairs: Sequence[Pair], source: str, target: str) -> float | None:
-    """BLEU (sacrebleu's defaults) of the source as its own translation; None where sacrebleu is not installed."""
+    """BLEU (sacrebleu's defaults) of the source as its own translation; None without pairs or without sacrebleu."""
     try:
         import sacrebleu
     except ImportError:
+        return None
+    if not pairs:
         return None
     return float(sacrebleu.corpus_bleu([pair[source] for pair in pairs], [[pair[target] for pair in pairs]]).score)
