@@ -93,7 +93,9 @@ class FileSource:
                 yield row
                 count += 1
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise DataError(f"{name}: cannot be read at record {count}: {error or type(error).__name__} ({path})") from error
+            raise DataError(
+                f"{name}: cannot be read at record {count}: {error or type(error).__name__} ({path})"
+            ) from error
 
 
 def _check_magic(raw: IO[bytes], path: str, form: str, compression: str | None) -> None:
@@ -103,7 +105,9 @@ def _check_magic(raw: IO[bytes], path: str, form: str, compression: str | None) 
     expected = "parquet" if form == "parquet" else compression
     if found != expected and (head or form == "parquet"):
         looks = f"is {found}" if found else f"is not {expected}: it begins with {head!r}"
-        raise DataError(f"{path}: the file {looks}, which is not what its name or data.format says. Rename or replace it.")
+        raise DataError(
+            f"{path}: the file {looks}, which is not what its name or data.format says. Rename or replace it."
+        )
 
 
 def _lines(path: str, form: str, compression: str | None, offset: int) -> Iterator[Record | BadRecord]:
@@ -127,7 +131,7 @@ def _decompressed(path: str, compression: str | None) -> Iterator[IO[bytes]]:
         return
     import pyarrow as pa
 
-    # pyarrow's reader goes on to a file's later frames and reports a file cut short; zstandard's stops in silence at both
+    # pyarrow reads all frames of a file and reports one cut short; zstandard's reader stops in silence at both
     with fsspec.open(path, "rb") as raw, pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd") as stream:
         yield io.BufferedReader(stream, 1 << 20)
 
@@ -151,19 +155,19 @@ def _text(number: int, line: bytes) -> Record | BadRecord:
 
 def _table(file: IO[bytes], delimiter: str, offset: int) -> Iterator[Record | BadRecord]:
     """Rows of a table with a header; in TSV a quotation mark is a character like any other."""
-    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    if delimiter == "\t":
-        rows = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    else:
-        rows = csv.reader(text, delimiter=delimiter)
-    header = next(rows, [])
-    for row in islice((row for row in rows if row), offset, None):
-        if len(row) != len(header):
-            yield BadRecord(f"line {rows.line_num} has {len(row)} fields, the header {len(header)}")
-        elif not _is_text(row):
-            yield BadRecord(f"line {rows.line_num} is not UTF-8")
+    with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        if delimiter == "\t":
+            rows = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
         else:
-            yield dict(zip(header, row, strict=True))
+            rows = csv.reader(text, delimiter=delimiter)
+        header = next(rows, [])
+        for row in islice((row for row in rows if row), offset, None):
+            if len(row) != len(header):
+                yield BadRecord(f"line {rows.line_num} has {len(row)} fields, the header {len(header)}")
+            elif not _is_text(row):
+                yield BadRecord(f"line {rows.line_num} is not UTF-8")
+            else:
+                yield dict(zip(header, row, strict=True))
 
 
 def _is_text(row: list[str]) -> bool:

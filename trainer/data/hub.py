@@ -26,10 +26,10 @@ class HubSource:
             self._dataset: IterableDataset = datasets.load_dataset(path, name, split=split, streaming=True)
             if self._dataset.num_shards < min_shards:
                 self._dataset = self._dataset.reshard()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # `datasets` lets through what its many libraries raise
             raise DataError(
-                f"data.path={path}, data.name={name}, split {split}: neither a local file or folder, nor a data set that"
-                f" `datasets` could open: {error}"
+                f"data.path={path}, data.name={name}, split {split}: neither a local file or folder, nor a data set"
+                f" that `datasets` could open: {error}"
             ) from error
         count = self._dataset.num_shards
         self._names = [f"{split}-{index:05d}-of-{count:05d}" for index in range(count)]
@@ -54,5 +54,5 @@ class HubSource:
             for record in shard:
                 yield record
                 count += 1
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # as above
             raise DataError(f"{self._names[shard_index]}: cannot be read at record {count}: {error}") from error

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 _MAX_EMPTY_EPOCHS = 100
 """Epochs in a row that may give a lane nothing (its shards happened to be empty) before it is an error."""
 
-_ALWAYS_TOLERATED = 1000
+_MIN_RECORDS = 1000
 """Bad records are compared with a fraction of at least so many, lest one bad record end a run that has just begun."""
 
 
@@ -30,9 +30,9 @@ _ALWAYS_TOLERATED = 1000
 class Position:
     """Where a block begins.
 
-    epoch, block: counts from 0, `block` within the epoch; shard: place in the epoch's order of shards; offset: record in that
-    shard; first: turn of the block's first sample; done: samples of this epoch before the block; last: samples of the
-    epoch before (0: unknown), by which progress within an epoch is told.
+    epoch, block: counts from 0, `block` within the epoch; shard: place in the epoch's order of shards; offset: record
+    in that shard; first: turn of the block's first sample; done: samples of this epoch before the block; last: samples
+    of the epoch before (0: unknown), by which progress within an epoch is told.
     """
 
     epoch: int = 0
@@ -115,7 +115,7 @@ class Encoder:
         """Encode rows in one call of the task. Raises DataError naming the first bad one when there are too many."""
         records = [record for _, _, record in rows if not isinstance(record, BadRecord)]
         try:
-            results = iter(self._task.encode(records) if records else ())
+            results = self._task.encode(records) if records else []
         except Exception as error:
             begin, end = rows[0], rows[-1]
             names = self._source.shards
@@ -123,16 +123,18 @@ class Encoder:
                 f"while encoding {names[begin[0]]} from record {begin[1]} to {names[end[0]]} record {end[1]}"
             )
             raise
+        assert len(results) == len(records), "a task gives one result per record"
+        remaining = iter(results)
         samples: list[Sample] = []
         for shard, offset, record in rows:
-            result = record if isinstance(record, BadRecord) else next(results)
+            result = record if isinstance(record, BadRecord) else next(remaining)
             if isinstance(result, BadRecord):
                 self._reject(f"{self._source.shards[shard]}:{offset}", result.reason)
             else:
                 lengths = (result.length, *(len(array) if array.ndim else 1 for array in result.fields.values()))
                 samples.append(Sample(shard, offset, result, lengths))
         self.num_records += len(rows)
-        if self.num_bad > self._max_bad_fraction * max(self.num_records, _ALWAYS_TOLERATED):
+        if self.num_bad > self._max_bad_fraction * max(self.num_records, _MIN_RECORDS):
             raise DataError(
                 f"{self.num_bad} of the first {self.num_records} records cannot be used, more than"
                 f" data.max_bad_fraction={self._max_bad_fraction}; the first is {self._first_bad}."
@@ -150,7 +152,9 @@ class Encoder:
 class BlockReader:
     """Reads and encodes blocks in parts, so that the next block can be prepared while the present one is emitted."""
 
-    def __init__(self, sequence: ShardSequence, encoder: Encoder, block: int, part: int, same_every_epoch: bool) -> None:
+    def __init__(
+        self, sequence: ShardSequence, encoder: Encoder, block: int, part: int, same_every_epoch: bool
+    ) -> None:
         """`block`, `part`: records; `same_every_epoch`: an epoch that fits one block is encoded once and kept."""
         self._sequence = sequence
         self._encoder = encoder
@@ -182,7 +186,7 @@ class BlockReader:
         self._samples += self._encoder.encode(rows)
 
     def finish(self) -> tuple[list[Sample], Position]:
-        """The samples of the block in the order of the source, whatever the order of this epoch's shards; and the next block."""
+        """The samples of the block, which is read to its end, and where the next one begins."""
         while self.share < 1.0:
             self.read_part()
         begin, samples = self._position, self._samples
@@ -210,7 +214,7 @@ class Lane:
         order: Order,
         max_epochs: float | None,
     ) -> None:
-        """`sequence` holds the lane's own shards; with `stride` 1 the lane is the whole stream and reads all of them."""
+        """`sequence` holds the lane's own shards: all of them where `stride` is 1 and the lane the whole stream."""
         self._index = index
         self._stride = stride
         self._sequence = sequence
@@ -240,7 +244,7 @@ class Lane:
         return None
 
     def work_ahead(self, turn: int) -> None:
-        """Do a share of reading and encoding the next block, evenly over the turns of this one; lanes take it by turns."""
+        """Read and encode a part of the next block when it is time: evenly over this block, one lane after another."""
         if self._samples is None or self._finished_epochs(self._following):
             return
         share = (turn - self._position.first + 1) / len(self._samples)
@@ -248,11 +252,11 @@ class Lane:
             self._reader.read_part()
 
     def state(self, turn: int) -> dict[str, int]:
-        """Where turn `turn` is found again: the fields of a Position. Turns passed after the last epoch lose no samples."""
+        """Where turn `turn` is found again: the fields of a Position."""
         passed = self._samples is not None and turn >= self._following.first
         position = self._following if passed else self._position
         if self._finished_epochs(position):
-            position = replace(position, first=max(position.first, turn))
+            position = replace(position, first=max(position.first, turn))  # more epochs would begin at this turn
         return asdict(position)
 
     def epochs(self, turn: int) -> float:
@@ -270,7 +274,9 @@ class Lane:
         """Complete the block at hand and put it in order; the next one can then be begun."""
         begin = self._position
         samples, self._following = self._reader.finish()
-        samples = sorted(samples, key=lambda sample: (sample.shard, sample.offset))
+        samples = sorted(
+            samples, key=lambda sample: (sample.shard, sample.offset)
+        )  # whatever this epoch's order of shards
         turns = np.arange(begin.first, begin.first + len(samples), dtype=np.int64)
         order = self._order.arrange(
             (self._index, begin.epoch, begin.block),
@@ -283,8 +289,8 @@ class Lane:
             self._empty_epochs = 0 if self._following.last else self._empty_epochs + 1
             if self._empty_epochs > _MAX_EMPTY_EPOCHS:
                 raise DataError(
-                    f"No usable record in {_MAX_EMPTY_EPOCHS} epochs of lane {self._index}: the source is empty, or too many of"
-                    " its shards are. Remove the empty shards, or lower data.lanes."
+                    f"No usable record in {_MAX_EMPTY_EPOCHS} epochs of lane {self._index}: the source is empty, or too"
+                    " many of its shards are. Remove the empty shards, or lower data.lanes."
                 )
 
     def _finished_epochs(self, position: Position) -> bool:

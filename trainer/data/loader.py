@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class StepBatch:
     """What one rank does in one step.
 
-    micro_batches: this rank's, longest samples first; none when it has no samples. ids: "shard:offset" of each sample in the
-    order of the stream. num_samples, num_target_tokens, num_positions, num_padding: of this rank. epoch: epochs done after
-    this step, mean over this rank's lanes. lane_states: JSON-able, this rank's lanes after this step. exhausted: this rank
-    will never have samples again.
+    micro_batches: this rank's, longest samples first; none when it has no samples. ids: "shard:offset" of each sample
+    in the order of the stream. num_samples, num_target_tokens, num_positions, num_padding: of this rank. epoch: epochs
+    done after this step, mean over this rank's lanes. lane_states: JSON-able, this rank's lanes after this step.
+    exhausted: this rank will never have samples again.
     """
 
     micro_batches: list[Batch]
@@ -43,8 +43,8 @@ class StepBatch:
 class Loader:
     """Endless iterator over StepBatch; the global batches do not depend on the number of ranks or micro-batches.
 
-    With fewer shards than lanes every rank reads and encodes the whole source and keeps its share; shard a source that is
-    large. After `max_epochs` it goes on with empty batches, so that ranks that finish at different steps stay together.
+    With fewer shards than lanes every rank reads and encodes the whole source and keeps its share; a large source
+    should have more. After `max_epochs` it goes on with empty steps, so that ranks that finish apart stay together.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Loader:
         max_epochs: float | None = None,
         prefetch: int = 2,
     ) -> None:
-        """`prefetch`: steps prepared ahead, at least 1. Raises ConfigError where the lanes do not divide over the ranks."""
+        """`prefetch`: steps prepared ahead, >= 1. Raises ConfigError where the lanes do not divide over the ranks."""
         if data.lanes % plan.world_size:
             fitting = ", ".join(str(size) for size in range(1, data.lanes + 1) if data.lanes % size == 0)
             raise ConfigError(
@@ -93,7 +93,7 @@ class Loader:
         self._thread: threading.Thread | None = None
 
     def load_lane_states(self, states: Mapping[int, Mapping[str, int]]) -> None:
-        """Go on where `lane_states` of a step left off; `states` holds at least the lanes of this rank. Before iterating."""
+        """Go on where `lane_states` of a step left off; `states` holds this rank's lanes or more. Before iterating."""
         assert self._thread is None, "the loader is already running"
         for index, lane in self._readers.items():
             state = dict(states[index if self._stride > 1 else self._rank])
@@ -112,7 +112,9 @@ class Loader:
         self._stop = True
         self._slots.release()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(
+                timeout=10
+            )  # a stalled network must not hold up the end of the run; the thread is a daemon
 
     def _consume(self) -> Iterator[StepBatch]:
         while True:
@@ -148,7 +150,9 @@ class Loader:
             for part in split_micro_batches(samples, self._plan.micro_size, self._plan.micro_tokens)
         ]
         positions = [self._task.num_positions(batch) for batch in micro_batches]
-        turns = {index: -((index - self._place) // self._stride) for index in self._readers}  # first at or after the place
+        turns = {
+            index: -((index - self._place) // self._stride) for index in self._readers
+        }  # first at or after the place
         exhausted = self._max_epochs is not None and all(
             lane.at(turns[index]) is None for index, lane in self._readers.items()
         )
@@ -169,9 +173,9 @@ class Loader:
 def split_micro_batches(
     samples: Sequence[Sample], micro_size: int | None, micro_tokens: int | None
 ) -> list[list[Sample]]:
-    """Cut samples, longest first, into micro-batches of `micro_size` samples or of at most `micro_tokens` padded positions.
+    """Cut samples, longest first, into micro-batches of at most `micro_size` samples or `micro_tokens` positions.
 
-    The positions of a sample are the lengths of its fields together. One that is over the budget goes alone.
+    Positions are padded ones, of all fields together. A sample that is over the budget goes alone.
     """
     ordered = sorted(samples, key=lambda sample: sample.lengths, reverse=True)
     if micro_tokens is None:

@@ -43,12 +43,13 @@ def is_hub(path: str) -> bool:
 def find_files(path: str, split: str, value: str, form: str | None) -> tuple[list[str], list[str]]:
     """(paths for fsspec, names for people) of a split's files, sorted.
 
-    path: expanded file, glob, folder or URL; split: train, validation or test; value: of `data.<split>`, a name or file glob.
-    A folder's split is the files whose name begins with the split's name or that lie in a folder named so; a single file or
-    glob is the train split. Raises DataError listing what there is instead.
+    path: expanded file, glob, folder or URL; split: train, validation or test; value: of `data.<split>`, a name or
+    glob.
+    A folder's split is the files whose name begins with `value` or that lie in a folder named so; a single file or glob
+    is the train split, and the others are then paths of their own. Raises DataError listing what there is instead.
     """
     filesystem, root = fsspec.core.url_to_fs(path)
-    if _is_pattern(root) or not filesystem.isdir(root):
+    if not _is_folder(filesystem, root):
         if value != split:  # a file or glob of its own
             path = expand(value)
             filesystem, root = fsspec.core.url_to_fs(path)
@@ -84,7 +85,13 @@ def _split_parts(short: str, value: str) -> list[str]:
 
 
 def _is_pattern(path: str) -> bool:
-    return any(mark in path for mark in "*?[")
+    return any(mark in path for mark in "*[") or ("?" in path and "://" not in path)
+
+
+def _is_folder(filesystem: Any, root: str) -> bool:
+    if root.startswith("http"):  # asking a web server would fetch the file
+        return root.endswith("/")
+    return not _is_pattern(root) and bool(filesystem.isdir(root))
 
 
 def _is_data(short: str, form: str | None) -> bool:
@@ -100,15 +107,17 @@ def _glob(filesystem: Any, pattern: str) -> list[str]:
 
 def _with_names(filesystem: Any, found: Sequence[str], root: str) -> tuple[list[str], list[str]]:
     prefix = root.split("*", 1)[0].rstrip("/") + "/"
-    return [filesystem.unstrip_protocol(name) for name in found], [name.removeprefix(prefix) for name in found]
+    local = "file" in filesystem.protocol
+    paths = [name if local else filesystem.unstrip_protocol(name) for name in found]
+    return paths, [name.removeprefix(prefix) for name in found]
 
 
 def _beside(filesystem: Any, root: str) -> str:
-    """What lies in the nearest folder that exists."""
-    folder = root
+    """What lies in the nearest folder that exists; web servers have no folders."""
+    folder = "" if root.startswith("http") else root
     while "/" in folder.rstrip("/"):
         folder = folder.rstrip("/").rsplit("/", 1)[0]
-        if not _is_pattern(folder) and filesystem.isdir(folder or "/"):
+        if _is_folder(filesystem, folder or "/"):
             names = sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(folder or "/", detail=False))
             return f"{folder or '/'} holds {_listed(names)}."
     return ""
@@ -118,5 +127,3 @@ def _listed(names: Iterable[str], limit: int = 12) -> str:
     names = list(names)
     shown = ", ".join(names[:limit]) or "nothing"
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-

@@ -1,7 +1,7 @@
-"""The order of the samples: pure functions of (seed, epoch) and the sizes that define the stream; nothing is read here.
+"""The order of the samples: pure functions of (seed, epoch) and the sizes that define the stream; nothing is read.
 
-Every permutation sorts raw 64-bit words of numpy's PCG64, whose streams are fixed for good, unlike `Generator.permutation`,
-which a later numpy may change.
+Every permutation sorts raw 64-bit words of numpy's PCG64, whose streams are fixed for good, unlike
+`Generator.permutation`, which a later numpy may change.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def _schedule(steps: int, *entropy: int) -> NDArray[np.intp]:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The rules of the stream. `lanes`, `block` and `global_size` count lanes, records of a lane's block, samples of a step.
+    """The rules of the stream. `block`: records of a lane's block; `global_size`: samples of a step.
 
-    With `bucket`, every step has a length quantile, drawn without repetition from a cycle of as many steps as one block of
-    every lane feeds. Samples sorted by length go to steps sorted by quantile. As the quantile belongs to the step,
+    With `bucket`, every step has a length quantile, drawn without repetition from a cycle of as many steps as one block
+    of every lane feeds. Samples sorted by length go to steps sorted by quantile. As the quantile belongs to the step,
     lanes agree on it whatever the sizes of their blocks, and neither ranks nor micro-batches have a part in it.
     """
 
@@ -63,8 +63,8 @@ class Order:
     ) -> list[int]:
         """The order in which the samples of a block are emitted, as indices into it.
 
-        key: what makes the block's shuffle its own (lane, epoch, block index); stream_indices: int64 [n], ascending, the
-        places in the whole stream that the block will fill; lengths: sort key of each of the n samples.
+        key: what makes the block's shuffle its own (lane, epoch, block index); stream_indices: int64 [n], ascending,
+        the places in the whole stream that the block will fill; lengths: sort key of each of the n samples.
         """
         count = len(lengths)
         order: list[int] = list(range(count))

@@ -18,8 +18,8 @@ class Source(Protocol):
     def open(self, shard_index: int, offset: int) -> Iterator[Record | BadRecord]:
         """The records of a shard from record `offset` on (past the end: none), in file order.
 
-        A row that cannot be parsed comes as a BadRecord and counts as a record. Raises DataError, naming shard and record,
-        where the shard cannot be read further.
+        A row that cannot be parsed comes as a BadRecord and counts as a record. Raises DataError, naming shard and
+        record, where the shard cannot be read further.
         """
 
 

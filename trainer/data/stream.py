@@ -31,7 +31,7 @@ class EvaluationSample:
 
 
 class StreamData:
-    """A data set: files (a file, glob, folder, URL, or `corpora:NAME`) or a Hugging Face data set, in up to three splits."""
+    """A data set in up to three splits: a file, glob, folder, URL or `corpora:NAME`, or a Hugging Face data set."""
 
     def __init__(
         self,
@@ -51,14 +51,20 @@ class StreamData:
         """Nothing is opened yet. Raises ConfigError for values that cannot be.
 
         name: configuration of a hub data set; format: jsonl, csv, tsv, text, parquet or hub (None: by suffix);
-        train, validation, test: names of splits or file globs (None: there is none); lanes: logical streams, the ranks must
-        divide them; block: records of a lane that are shuffled and bucketed together; bucket: steps of similar lengths;
-        trace: keep the ids of all samples; max_bad_fraction: records that may be skipped because they cannot be used.
+        train, validation, test: names of splits or file globs (None: there is none); lanes: logical streams, which the
+        ranks must divide; block: records of a lane that are shuffled and bucketed together; bucket: steps of similar
+        lengths; trace: keep the ids of all samples; max_bad_fraction: records that may be skipped as unusable.
         """
         formats = [*dict.fromkeys(FORMATS.values()), "hub"]
-        problems = [f"data.{key}={value} must be at least 1." for key, value in (("lanes", lanes), ("block", block)) if value < 1]
+        problems = [
+            f"data.{key}={value} must be at least 1."
+            for key, value in (("lanes", lanes), ("block", block))
+            if value < 1
+        ]
         if format is not None and format not in formats:
-            problems.append(f"data.format={format} is not known; use {', '.join(formats)}, or null to go by the suffix.")
+            problems.append(
+                f"data.format={format} is not known; use {', '.join(formats)}, or null to go by the suffix."
+            )
         if not 0 <= max_bad_fraction <= 1:
             problems.append(f"data.max_bad_fraction={max_bad_fraction} must lie between 0 and 1.")
         if problems:
@@ -76,7 +82,7 @@ class StreamData:
         self._opened: dict[str, tuple[Source, Record]] = {}
 
     def source(self, split: str) -> Source:
-        """The source of a split: train, validation or test. Raises DataError where it is missing, empty or not as its name says."""
+        """The source of a split. Raises DataError where it is missing, empty or not what its name says."""
         return self._open(split)[0]
 
     def check(self, split: str, columns: Sequence[str]) -> None:
@@ -87,11 +93,12 @@ class StreamData:
                 column(record, name)
             except KeyError:
                 raise DataError(
-                    f"data.path={self.path}, split {split}: no column {name}; there are {', '.join(column_paths(record))}."
+                    f"data.path={self.path}, split {split}: no column {name};"
+                    f" there are {', '.join(column_paths(record))}."
                 ) from None
 
     def records(self, split: str) -> Iterator[Record]:
-        """One pass over a split, in the order of the files; what cannot be parsed is skipped and counted in a warning."""
+        """One pass over a split, in the order of the files; rows that cannot be parsed are skipped and told."""
         source = self.source(split)
         num_bad = 0
         for index, name in enumerate(source.shards):
@@ -108,7 +115,7 @@ class StreamData:
     def evaluation_samples(
         self, split: str, task: Task, rank: int, world_size: int, max_samples: int | None
     ) -> list[EvaluationSample]:
-        """Of the first `max_samples` usable records in file order (None: all), those whose index is `rank` modulo `world_size`."""
+        """Every `world_size`-th, from `rank` on, of the first `max_samples` usable records in file order."""
         samples: list[EvaluationSample] = []
         count = 0
         records = self.records(split)
@@ -140,7 +147,9 @@ class StreamData:
         if self.format == "hub" or (self.format is None and is_hub(path)):
             return HubSource(path, self.name, value, min_shards=self.lanes)
         if self.name is not None:
-            raise DataError(f"data.name={self.name} is for hub data sets, but data.path={self.path} is a file or folder.")
+            raise DataError(
+                f"data.name={self.name} is for hub data sets, but data.path={self.path} is a file or folder."
+            )
         return FileSource(*find_files(path, split, value, self.format), self.format)
 
     def _first_record(self, split: str, source: Source) -> Record:
@@ -149,8 +158,8 @@ class StreamData:
             for record in source.open(index, 0):
                 if isinstance(record, BadRecord):
                     raise DataError(
-                        f"data.path={self.path}, split {split}: the first record of {name} cannot be read: {record.reason}."
-                        " Is the file what its name or data.format says?"
+                        f"data.path={self.path}, split {split}: the first record of {name} cannot be read:"
+                        f" {record.reason}. Is the file what its name or data.format says?"
                     )
                 return record
         raise DataError(f"data.path={self.path}, split {split}: empty ({', '.join(source.shards[:5])}).")

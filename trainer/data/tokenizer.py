@@ -1,7 +1,7 @@
-"""Tokenizers: trained on the train split, read from a file or hub, or plain bytes; all on top of the `tokenizers` library.
+"""Tokenizers: trained on the train split, read from a file or hub, or plain bytes; all by the `tokenizers` library.
 
-A run keeps its tokenizer as one JSON text (`tokenizer.json`), known by its SHA-256. Trained and byte tokenizers work on bytes:
-no text is unknown, and `decode(encode(text)) == text`.
+A run keeps its tokenizer as one JSON text (`tokenizer.json`), known by its SHA-256. Trained and byte tokenizers work on
+bytes: no text is unknown, and `decode(encode(text)) == text`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,14 @@ def _library() -> Any:
 
 
 class Tokenizer:
-    """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`, `unk_id` are ids of the vocabulary; some may be the same one."""
+    """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`, `unk_id` are ids of the vocabulary; some may be the same."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Raises DataError where the special tokens cannot be told by their names."""
+    def __init__(self, backend: tokenizers.Tokenizer, text: str | None = None) -> None:
+        """`text`: the JSON that `backend` was read from, None = ask it.
+
+        Raises DataError where the special tokens cannot be told by their names.
+        """
+        self._json: str = backend.to_str() if text is None else text
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # "</s>" in a text is five characters, not the end
@@ -58,7 +62,9 @@ class Tokenizer:
         }
         eos = found["eos"]
         if eos is None:
-            raise DataError(f"The tokenizer has no token for the end of a text; one of {', '.join(_KNOWN['eos'])} is needed.")
+            raise DataError(
+                f"The tokenizer has no token for the end of a text; one of {', '.join(_KNOWN['eos'])} is needed."
+            )
         self.eos_id = eos
         self.pad_id = eos if found["pad"] is None else found["pad"]
         self.bos_id = self.pad_id if found["bos"] is None else found["bos"]
@@ -78,14 +84,14 @@ class Tokenizer:
         return list(self._backend.decode_batch([list(row) for row in ids], skip_special_tokens=True))
 
     def to_json(self) -> str:
-        """The whole tokenizer; `from_json` reads it back."""
-        return str(self._backend.to_str())
+        """The whole tokenizer; `from_json` reads it back. The very text it was read from, if it was."""
+        return self._json
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
         """The tokenizer that `to_json` wrote. Raises DataError where `text` is none."""
         try:
-            return cls(_library().Tokenizer.from_str(text))
+            return cls(_library().Tokenizer.from_str(text), text)
         except DataError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -104,7 +110,7 @@ class Tokenizer:
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Read a tokenizer.json. Raises DataError where it is missing or damaged."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a tokenizer.json: {error}") from error
     try:
@@ -149,7 +155,7 @@ class TrainedTokenizer:
         trainers = library.trainers
         trainer = trainers.UnigramTrainer(unk_token="<unk>", **options) if unigram else trainers.BpeTrainer(**options)
         backend.train_from_iterator(islice(texts(), self._max_records), trainer)
-        return Tokenizer(backend)
+        return Tokenizer.from_json(backend.to_str())
 
 
 class ByteTokenizer:
@@ -179,7 +185,7 @@ class FileTokenizer:
         self._vocab_size = vocab_size
 
     def prepare(self, texts: Texts) -> Tokenizer:
-        """Read it; `texts` has no part in it. Raises DataError where there is none, ConfigError where it has too many entries."""
+        """Read it; `texts` has no part in it. Raises DataError if there is none, ConfigError if it is too large."""
         local = Path(self._path).expanduser()
         local = local / "tokenizer.json" if local.is_dir() else local
         if local.exists() or local.suffix == ".json":
@@ -191,12 +197,14 @@ class FileTokenizer:
                 raise
             except Exception as error:  # the library raises bare Exception
                 raise DataError(
-                    f"tokenizer.path={self._path}: neither a file, nor a model whose tokenizer the hub could serve: {error}"
+                    f"tokenizer.path={self._path}: neither a file, nor a model whose tokenizer the hub could serve:"
+                    f" {error}"
                 ) from error
         if self._vocab_size is not None and tokenizer.vocab_size > self._vocab_size:
             raise ConfigError(
-                f"tokenizer.path={self._path} has {tokenizer.vocab_size} entries, tokenizer.vocab_size={self._vocab_size}"
-                f" is fewer; set tokenizer.vocab_size={tokenizer.vocab_size} or more."
+                f"tokenizer.path={self._path} has {tokenizer.vocab_size} entries,"
+                f" tokenizer.vocab_size={self._vocab_size} is fewer;"
+                f" set tokenizer.vocab_size={tokenizer.vocab_size} or more."
             )
         return tokenizer
 
@@ -205,7 +213,8 @@ def _check_vocab_size(vocab_size: int) -> None:
     needed = len(_SPECIAL) + 256
     if vocab_size < needed:
         raise ConfigError(
-            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(_SPECIAL)} special tokens need {needed}."
+            f"tokenizer.vocab_size={vocab_size} is too small:"
+            f" 256 bytes and {len(_SPECIAL)} special tokens need {needed}."
         )
 
 

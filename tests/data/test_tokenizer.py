@@ -1,0 +1,104 @@
+"""Tokenizers lose nothing, stay the same in a file, and fit the model or are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, TrainedTokenizer, load_tokenizer
+from trainer.errors import ConfigError, DataError
+
+TEXTS = ["the house is small", "das Haus ist klein", "the small house", "ein kleines Haus, „schön“"] * 5
+SPECS = {
+    "bpe": TrainedTokenizer("bpe", 300),
+    "unigram": TrainedTokenizer("unigram", 320),
+    "bytes": ByteTokenizer(),
+}
+TOKENIZERS = {name: spec.prepare(lambda: iter(TEXTS)) for name, spec in SPECS.items()}
+texts = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["</s>", " <pad>x", "a\r\n\tb ", "😀 é"])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=texts)
+def test_decoding_gives_back_every_text(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_batch([ids, [tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]]) == [text, text]
+    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id}
+    assert not special & set(ids) and all(id < tokenizer.vocab_size for id in ids)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_saved_tokenizer_is_the_same_one(name: str, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS[name]
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert loaded.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert loaded.decode(loaded.encode_batch(["</s>ü"])[0]) == "</s>ü"
+    assert loaded.sha256 == tokenizer.sha256 == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    assert Tokenizer.from_json(tokenizer.to_json()).sha256 == tokenizer.sha256
+    assert FileTokenizer(str(tmp_path)).prepare(lambda: iter(())).sha256 == tokenizer.sha256
+
+
+def test_training_learns_words_within_its_budget() -> None:
+    for name in ("bpe", "unigram"):
+        assert TOKENIZERS[name].vocab_size <= 320
+        assert len(TOKENIZERS[name].encode_batch(["das Haus"])[0]) < len("das Haus")
+    assert TOKENIZERS["bytes"].vocab_size == 260
+    large = TrainedTokenizer("bpe", 100_000).prepare(lambda: iter(TEXTS))
+    assert large.vocab_size < 1000  # the corpus has no more to give
+
+
+def test_lowercase_and_max_records_are_kept_to() -> None:
+    lower = TrainedTokenizer("bpe", 300, lowercase=True).prepare(lambda: iter(TEXTS))
+    assert lower.decode(lower.encode_batch(["Das HAUS"])[0]) == "das haus"
+    assert TrainedTokenizer("bpe", 300, max_records=0).prepare(lambda: iter(TEXTS)).vocab_size == 260
+
+
+def test_ids_do_not_change_with_the_machine() -> None:
+    again = TrainedTokenizer("bpe", 300).prepare(lambda: iter(TEXTS))
+    assert again.sha256 == TOKENIZERS["bpe"].sha256
+    assert (again.pad_id, again.bos_id, again.eos_id, again.unk_id) == (0, 1, 2, 3)
+
+
+def test_vocabularies_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    TOKENIZERS["bytes"].save(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"has 260 entries, tokenizer.vocab_size=259"):
+        FileTokenizer(str(tmp_path / "tokenizer.json"), vocab_size=259).prepare(lambda: iter(()))
+    assert FileTokenizer(str(tmp_path / "tokenizer.json"), vocab_size=260).prepare(lambda: iter(())).vocab_size == 260
+    for spec in (ByteTokenizer, lambda size: TrainedTokenizer("unigram", size)):
+        with pytest.raises(ConfigError, match=r"tokenizer.vocab_size=259 is too small"):
+            spec(259)
+    with pytest.raises(ConfigError, match=r"tokenizer.kind=words"):
+        TrainedTokenizer("words")  # type: ignore[arg-type]
+
+
+def test_files_that_are_no_tokenizers_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(DataError, match=r"broken.json: This is not a tokenizer.json"):
+        FileTokenizer(str(tmp_path / "broken.json")).prepare(lambda: iter(()))
+    with pytest.raises(DataError, match=r"absent.json: cannot be read"):
+        FileTokenizer(str(tmp_path / "absent.json")).prepare(lambda: iter(()))
+    with pytest.raises(DataError, match=r"tokenizer.path=no/such-model: neither a file"):
+        FileTokenizer("no/such-model").prepare(lambda: iter(()))
+
+
+def test_a_fork_after_encoding_is_silent() -> None:
+    code = (
+        "import os; from trainer.data.tokenizer import ByteTokenizer\n"
+        "tokenizer = ByteTokenizer().prepare(lambda: iter(()))\n"
+        "tokenizer.encode_batch(['some text'] * 1000)\n"
+        "child = os.fork()\n"
+        "os._exit(0) if child == 0 else os.waitpid(child, 0)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert finished.stderr == ""
