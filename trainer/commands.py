@@ -76,10 +76,18 @@ def describe_options(options: type[Any]) -> str:
     hints = get_type_hints(options)
     lines = []
     for field in _fields(options):
-        takes = "a text, may be repeated" if get_origin(hints[field.name]) is list else describe(hints[field.name])
-        default = "required" if _required(field) else "" if field.default is MISSING else f"default {field.default}"
-        lines.append(f"  {field.name + '=':<14}{takes}{'; ' + default if default else ''}")
+        facts = ["a text, may be repeated" if get_origin(hints[field.name]) is list else describe(hints[field.name])]
+        if _required(field):
+            facts.append("required")
+        elif field.default is not MISSING:
+            facts.append(f"default {_show(field.default)}")
+        lines.append(f"  {field.name + '=':<14}{'; '.join(facts)}")
     return "\n".join(["Options:", *lines])
+
+
+def _show(value: object) -> str:
+    """A default as one would type it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 def _convert(text: str, hint: Any) -> Any:

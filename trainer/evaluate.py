@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,12 +223,12 @@ def _every_rank(finished: bool) -> bool:
     return distributed.all_reduce_max([0.0 if finished else 1.0]) == [0.0]
 
 
-def _in_step(engine: Evaluated, batches: list[list[Sample]]) -> Iterator[list[Sample]]:
-    """The batches, and then empty ones where every rank must run as many as the busiest."""
-    yield from batches
-    if engine.ranks_must_step_together:
-        (most,) = distributed.all_reduce_max([len(batches)])
-        yield from ([] for _ in range(int(most) - len(batches)))
+def _in_step(engine: Evaluated, batches: list[list[Sample]]) -> list[list[Sample]]:
+    """The batches, and after them empty ones where every rank must run as many as the busiest."""
+    if not engine.ranks_must_step_together:
+        return batches
+    (most,) = distributed.all_reduce_max([len(batches)])
+    return batches + [[] for _ in range(int(most) - len(batches))]
 
 
 def _micro_batches(samples: Sequence[Sample], plan: RunPlan) -> list[list[Sample]]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from trainer.errors import ConfigError
@@ -32,7 +33,7 @@ BLOCK_BYTES = 32 * 1024
 
 
 def scan(data: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: a 7-byte head, then LevelDB's log format (blocks; CRC, length, type of each piece)."""
+    """The records of a .wandb file: a 7-byte head, then LevelDB's log format (blocks of pieces: CRC, length, type)."""
     at, record = 7, b""
     while at < len(data):
         if BLOCK_BYTES - at % BLOCK_BYTES < 7:
@@ -47,7 +48,8 @@ def scan(data: bytes) -> Iterator[bytes]:
 
 
 def offline_records(directory: Path) -> list[list[Record]]:
-    """What W&B wrote, a list for each time the run was opened."""
+    """What W&B wrote, a list for each time the run was opened; complete once its service has ended, as at exit."""
+    wandb.teardown()
     paths = sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
     return [[Record.FromString(record) for record in scan(path.read_bytes())] for path in paths]
 
@@ -101,8 +103,9 @@ def test_a_resumed_run_keeps_its_id(make_run: MakeRun, make_step: MakeStep, tmp_
         sink.open(make_run(first_step=first_step))
         sink.log(make_step(first_step + 1))
         sink.close("finished")
-    ids = {path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*")}
-    assert ids == {(tmp_path / "wandb" / "run_id").read_text().strip()}
+    files = [path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb")]
+    run_id = (tmp_path / "wandb" / "run_id").read_text().strip()
+    assert files == [f"run-{run_id}.wandb"] * 2
 
 
 @pytest.mark.usefixtures("no_account")

@@ -63,5 +63,5 @@ def test_it_writes_text_but_has_no_references_to_score(task: CausalLM) -> None:
 
 
 def test_sequence_length_must_leave_room_for_a_token_and_the_end(tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="task.sequence_length=1"):
+    with pytest.raises(ConfigError, match=r"task\.sequence_length=1"):
         CausalLM(tokenizer, "text", sequence_length=1)

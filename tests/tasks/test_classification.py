@@ -56,7 +56,7 @@ def test_a_record_that_cannot_be_used_says_why(bad: dict[str, Any], reason: str)
 
 
 def test_options_that_cannot_be_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="task.num_classes=1"):
+    with pytest.raises(ConfigError, match=r"task\.num_classes=1"):
         Classification("x", "y", 1)
-    with pytest.raises(ConfigError, match="task.input_shape"):
+    with pytest.raises(ConfigError, match=r"task\.input_shape"):
         Classification("x", "y", 2, input_shape=[0, 3])

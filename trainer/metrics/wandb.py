@@ -68,7 +68,8 @@ class WandbSink:
             console="off",
             init_timeout=self._start_seconds,
             login_timeout=self._start_seconds,
-            finish_timeout=self._finish_seconds,
+            finish_timeout=self._finish_seconds,  # also holds for what W&B does when the process exits
+            finish_timeout_raises=True,
         )
         self._run = wandb.init(
             project=self._project,
@@ -109,21 +110,29 @@ class WandbSink:
             self._run.summary["last_event"] = f"step {step}: {message}"
 
     def close(self, status: str) -> None:
-        """See the contract. Raises TimeoutError if the last upload takes longer than `finish_seconds`."""
+        """See the contract. Raises TimeoutError, with the way to finish it, where the last upload takes too long."""
         if self._run is None:
             return
         run, self._run = self._run, None
         run.summary["status"] = status
-        finishing = threading.Thread(
-            target=run.finish, kwargs={"exit_code": int(status == "failed")}, name="wandb-finish", daemon=True
-        )
+        failures: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                run.finish(exit_code=int(status == "failed"))
+            except Exception as error:
+                failures.append(error)
+
+        finishing = threading.Thread(target=finish, name="wandb-finish", daemon=True)
         finishing.start()
-        finishing.join(self._finish_seconds)
-        if finishing.is_alive():
+        finishing.join(2 * self._finish_seconds)  # W&B keeps to its own limit, unless it hangs
+        if finishing.is_alive() or any(isinstance(failure, TimeoutError) for failure in failures):
             raise TimeoutError(
                 f"the upload did not end within {self._finish_seconds:g} s; finish it with"
                 f" `wandb sync {self._directory / 'wandb'}/*run-*`"
             )
+        for failure in failures:
+            raise failure
 
 
 def choose_mode(mode: str) -> str:

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import trainer.restore
+from trainer.errors import DataError
+from trainer.generate import generate_texts, main
+from trainer.tasks import BadRecord, Encoded
+
+
+class Shout:
+    """A task that writes its prompt in capitals; it cannot take "?" and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.asked: tuple[int | None, int | None] = (None, None)
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[Encoded | BadRecord]:
+        return [
+            BadRecord("it is a question") if "?" in text else Encoded({"text": text}, len(text), 0)  # type: ignore[dict-item]
+            for text in texts
+        ]
+
+    def generate(
+        self,
+        model: Any,
+        samples: Sequence[Encoded],
+        all_finished: Any = None,
+        beam_size: int | None = None,
+        max_length: int | None = None,
+    ) -> list[str]:
+        assert torch.is_inference_mode_enabled()
+        self.batches.append([sample.length for sample in samples])
+        self.asked = (beam_size, max_length)
+        return [str(sample.fields["text"]).upper() for sample in samples]
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> Shout:
+    """The task of every run that is restored."""
+    task = Shout()
+    restored = SimpleNamespace(task=task, model=torch.nn.Identity())
+    monkeypatch.setattr(trainer.restore, "restore_run", lambda name, runs_dir, checkpoint: restored)
+    return task
+
+
+def test_results_come_in_the_order_of_the_texts_though_batches_are_by_length() -> None:
+    task = Shout()
+    texts = ["long one here", "a", "", "middle", "bb"]
+    assert generate_texts(task, torch.nn.Identity(), texts, batch_size=2) == ["LONG ONE HERE", "A", "", "MIDDLE", "BB"]
+    assert task.batches == [[1, 2], [6, 13]]
+
+
+def test_a_text_that_cannot_be_used_is_named_by_its_number() -> None:
+    with pytest.raises(DataError, match="Text 2 of 3 cannot be used: it is a question"):
+        generate_texts(Shout(), torch.nn.Identity(), ["a", "b?", "c"])
+
+
+def test_texts_of_the_command_line(task: Shout, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run=r", "text=one", "text=two", "beam_size=5", "max_length=9"]) == 0
+    assert capsys.readouterr().out == "ONE\nTWO\n"
+    assert task.asked == (5, 9)
+
+
+@pytest.mark.usefixtures("task")
+def test_a_file_line_by_line_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("über\n\nlast\n", encoding="utf-8")
+    assert main(["run=r", f"input={tmp_path}/in.txt", f"output={tmp_path}/out.txt"]) == 0
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == "ÜBER\n\nLAST\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.txt"]
+
+
+@pytest.mark.usefixtures("task")
+def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    assert main(["run=r", "input=-"]) == 0
+    assert capsys.readouterr().out == "FROM A PIPE\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give text="),
+        (["txet=a"], "did you mean text?"),
+        (["text=a", "beam_size=0"], "beam_size=0 must be at least 1"),
+        (["text=a?"], "Text 1 of 1 cannot be used"),
+        (["input=missing.txt"], "input=missing.txt cannot be read"),
+    ],
+)
+@pytest.mark.usefixtures("task")
+def test_what_cannot_be_done_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run=r", *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+
+
+def test_a_run_that_writes_no_text_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restored = SimpleNamespace(task=object(), model=torch.nn.Identity())
+    monkeypatch.setattr(trainer.restore, "restore_run", lambda name, runs_dir, checkpoint: restored)
+    assert main(["run=digits", "text=a"]) == 2
+    assert "run=digits: its task object does not generate text" in capsys.readouterr().err
