@@ -79,7 +79,7 @@ explain_pip() { # turn pip's words into a cure
 }
 
 pip_install() {
-    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --progress-bar off "$@" >>"$log" 2>&1 ||
+    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --no-compile --progress-bar off "$@" >>"$log" 2>&1 ||
         explain_pip
 }
 
