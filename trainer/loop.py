@@ -19,6 +19,7 @@ from trainer.engine.base import Engine
 from trainer.evaluate import Evaluation, evaluate
 from trainer.guards.signals import PREEMPTED, StopRequest
 from trainer.metrics import StepInfo
+from trainer.metrics.json_lines import JsonLines
 from trainer.metrics.meter import Meter
 from trainer.metrics.sinks import SafeSinks
 from trainer.plan import RunPlan
@@ -43,6 +44,7 @@ class Training:
     meter: Meter
     sinks: SafeSinks
     stop_request: StopRequest
+    trace: JsonLines | None  # the ids of all samples, under data.trace
     blank: Batch  # a micro-batch without labels, for ranks that have no data in a step
 
 
@@ -93,6 +95,8 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
         seconds = time.perf_counter() - fetch_started
         state = state.advance(totals.target_tokens, totals.samples, totals.epoch, seconds)
         _measure(training, batch, totals, wait_seconds)
+        if training.trace is not None:
+            training.trace.write({"step": state.step, "rank": distributed.rank(), "ids": batch.ids})
         if due(state.step, config.log.every) or state.step == 1:
             training.sinks.log(_report(training, state, totals, loss_sum, grad_norm, lr))
         if due(state.step, config.eval.every):
@@ -130,7 +134,8 @@ def _interrupted(config: Config, totals: _StepTotals) -> Outcome | None:
 
 def _agree(batch: StepBatch, state: TrainState, request: StopRequest) -> _StepTotals:
     """One exchange a step: how much every rank brings, and whether any rank wants to stop."""
-    local = (batch.num_target_tokens, batch.num_samples, batch.epoch, 0.0 if batch.exhausted else 1.0)
+    nothing_left = batch.exhausted and batch.num_samples == 0
+    local = (batch.num_target_tokens, batch.num_samples, batch.epoch, 0.0 if nothing_left else 1.0)
     target_tokens, samples, epochs, with_data = distributed.all_reduce_sum(local)
     wish = (len(batch.micro_batches), state.seconds, float(request.name is not None))
     micro_batches, seconds, signalled = distributed.all_reduce_max(wish)

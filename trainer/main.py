@@ -77,9 +77,10 @@ def run(config: Config, overrides: Sequence[str]) -> int:
             )
             sinks.open(info)
             directory.status("running", state.step, "training")
+        trace = directory.open_trace(distributed.rank(), state.step) if data.trace else None
         meter = Meter(time.perf_counter, peak_flops(_device_name()))
         training = Training(
-            config, plan, directory, task, data, loader, engine, schedule, meter, sinks, stop_request, blank
+            config, plan, directory, task, data, loader, engine, schedule, meter, sinks, stop_request, trace, blank
         )
         state, outcome = fit(training, state, lanes)
         loader.close()

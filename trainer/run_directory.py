@@ -13,6 +13,7 @@ import yaml
 from trainer.config import Config, Resume, config_from_yaml, config_to_dict, differences
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import CheckpointError, ConfigError, SetupError
+from trainer.metrics.json_lines import JsonLines, truncate_after
 
 
 class RunDirectory:
@@ -75,6 +76,13 @@ class RunDirectory:
         _write_json(self.path / "ds_config.json", ds_config)
         if tokenizer is not None and not self.tokenizer.exists():
             tokenizer.save(self.tokenizer)
+
+    def open_trace(self, rank: int, last_step: int) -> JsonLines:
+        """The trace of a rank's samples. Every rank's is cut back to `last_step`, for there may be fewer ranks than before."""
+        folder = self.path / "samples"
+        for path in folder.glob("rank_*.jsonl") if rank == 0 else ():
+            truncate_after(path, last_step)
+        return JsonLines(folder / f"rank_{rank:05d}.jsonl", last_step)
 
     def status(self, state: str, step: int, reason: str, exit_code: int | None = None) -> None:
         """Say how the run stands: running, finished, preempted or failed. Replaced in one move."""

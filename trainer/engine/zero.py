@@ -24,6 +24,9 @@ from trainer.engine.plain import BuildOptimizer
 from trainer.optim import set_learning_rate
 from trainer.tasks import Batch, LossSums, Task
 
+# DeepSpeed calls collectives by names that torch has renamed; nothing a user could mend.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trainer.metrics import RunInfo, Sink, StepInfo
+from trainer.metrics.json_lines import JsonLines
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -63,24 +62,16 @@ def _describe(error: Exception) -> str:
 
 
 class JsonLinesSink:
-    """One JSON object a line: logged steps, evaluations (`eval/...`) and events, flushed line by line.
-
-    On resuming, lines of steps after the one resumed from, and a line cut off by a crash, are taken away first, so that
-    no step stands twice. Numbers that are not finite become null: every line is valid JSON.
-    """
+    """`metrics.jsonl`: logged steps, evaluations (`eval/...`) and events."""
 
     def __init__(self, path: Path | None = None) -> None:
         """`path`: None for metrics.jsonl in the run directory."""
         self._path = path
-        self._file: IO[str] | None = None
+        self._lines: JsonLines | None = None
 
     def open(self, run: RunInfo) -> None:
         """See the contract."""
-        path = self._path or run.directory / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _truncate_after(path, run.first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = JsonLines(self._path or run.directory / METRICS_FILE, run.first_step)
 
     def log(self, info: StepInfo) -> None:
         """See the contract."""
@@ -96,33 +87,10 @@ class JsonLinesSink:
 
     def close(self, status: str) -> None:
         """See the contract."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        assert self._file is not None, "open comes first"
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        self._file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-
-
-def _truncate_after(path: Path, last_step: int) -> None:
-    """Cut the file before its first line that belongs to a step after `last_step` or is not a whole JSON object."""
-    with path.open("r+b") as file:
-        end = 0
-        for line in file:
-            if not line.endswith(b"\n") or _step_of(line) > last_step:
-                break
-            end += len(line)
-        file.truncate(end)
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a line; infinity if it has none."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        assert self._lines is not None, "open comes first"
+        self._lines.write(row)
