@@ -6,6 +6,7 @@ one fp32 scratch block that fits the cache, forward keeps only a log-sum-exp per
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,19 +46,18 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         index = labels.clamp(min=0)
         label_logit, top_logit, mean_logit, log_sum = torch.zeros(4, len(labels), device=logits.device).unbind()
         is_top = torch.zeros_like(is_target)
-        for rows, block in _fp32_blocks(logits):
-            block.copy_(logits[rows])
-            torch.gather(block, 1, index[rows, None], out=label_logit[rows, None])
+        for rows, values, scratch in _fp32_blocks(logits):
+            torch.gather(values, 1, index[rows, None], out=label_logit[rows, None])
             if smoothing:
-                torch.mean(block, -1, out=mean_logit[rows])
+                torch.mean(values, -1, out=mean_logit[rows])
             if exact:
-                top, top_index = block.max(-1)
+                top, top_index = values.max(-1)
                 is_top[rows] = top_index == index[rows]
             else:
-                top = block.amax(-1)
+                top = values.amax(-1)
                 is_top[rows] = top == label_logit[rows]
             top_logit[rows] = top
-            torch.sum(block.sub_(top[:, None]).exp_(), -1, out=log_sum[rows])
+            torch.sum(torch.sub(values, top[:, None], out=scratch).exp_(), -1, out=log_sum[rows])
         log_sum.log_().add_(top_logit)
         ctx.save_for_backward(logits, labels, log_sum)
         ctx.smoothing = smoothing
@@ -75,21 +75,25 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         scale = (gradients[0] * is_target)[:, None]
         label_term = torch.full_like(scale, ctx.smoothing - 1.0)
         logits_gradient = torch.empty_like(logits)
-        for rows, block in _fp32_blocks(logits):
-            block.copy_(logits[rows])
-            block.sub_(log_sum[rows, None]).exp_()
+        for rows, values, scratch in _fp32_blocks(logits):
+            gradient = torch.sub(values, log_sum[rows, None], out=scratch).exp_()
             if ctx.smoothing:
-                block.sub_(ctx.smoothing / logits.shape[1])
-            block.scatter_add_(1, index[rows, None], label_term[rows])
-            logits_gradient[rows].copy_(block.mul_(scale[rows]))
+                gradient.sub_(ctx.smoothing / logits.shape[1])
+            gradient.scatter_add_(1, index[rows, None], label_term[rows])
+            logits_gradient[rows].copy_(gradient.mul_(scale[rows]))
         return logits_gradient, None, None, None
 
 
-def _fp32_blocks(logits: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
-    """Row ranges that cover `logits` [N,V], each with (a part of) the one fp32 scratch block they share."""
+def _fp32_blocks(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """(rows, their values in fp32, scratch of the same shape) until the rows cover `logits` [N,V].
+
+    The scratch is the same memory every time; the values lie in it, too, unless `logits` are fp32 themselves.
+    """
     num_rows, num_classes = logits.shape
     elements = CPU_BLOCK_ELEMENTS if logits.device.type == "cpu" else GPU_BLOCK_ELEMENTS
     block_rows = max(1, min(num_rows, elements // num_classes))
-    scratch = torch.empty(block_rows, num_classes, device=logits.device)
-    ranges = [slice(start, min(start + block_rows, num_rows)) for start in range(0, num_rows, block_rows)]
-    return [(rows, scratch[: rows.stop - rows.start]) for rows in ranges]
+    block = torch.empty(block_rows, num_classes, device=logits.device)
+    for start in range(0, num_rows, block_rows):
+        rows = slice(start, min(start + block_rows, num_rows))
+        scratch = block[: rows.stop - rows.start]
+        yield rows, logits[rows] if logits.dtype == torch.float32 else scratch.copy_(logits[rows]), scratch
