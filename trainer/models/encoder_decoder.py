@@ -161,9 +161,8 @@ class EncoderDecoder(Model):
         self.embedding_scale = d_model**0.5 if scale_embeddings else 1.0
         self.tied_scale = 1.0 if scale_embeddings else d_model**-0.5
         std = d_model**-0.5
-        self.embedding = TokenEmbedding(
-            vocab_size, d_model, std if scale_embeddings else 1.0, head_bias=head_bias and tie_embeddings
-        )
+        embedding_std = std if scale_embeddings else 1.0
+        self.embedding = TokenEmbedding(vocab_size, d_model, embedding_std, head_bias=head_bias and tie_embeddings)
         self.head = None if tie_embeddings else Projection(d_model, [(vocab_size, std)], head_bias)
 
         def layer(cross: bool) -> Layer:

@@ -1,0 +1,1 @@
+"""Launchers: the same experiment, taken to every place it can run."""
