@@ -107,7 +107,8 @@ def copy_llama_weights(theirs, ours):
         qkv = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
         layer.attention.qkv.weight.copy_(torch.cat(qkv))
         layer.attention.out.weight.copy_(attention.o_proj.weight)
-        layer.feed_forward.w_in.weight.copy_(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+        layer.feed_forward.gate.weight.copy_(mlp.gate_proj.weight)
+        layer.feed_forward.w_in.weight.copy_(mlp.up_proj.weight)
         layer.feed_forward.w_out.weight.copy_(mlp.down_proj.weight)
 
 

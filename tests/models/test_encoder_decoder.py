@@ -162,7 +162,8 @@ def copy_t5_weights(theirs, ours):
                 attention(layer.cross_attention, block.layer[1], "EncDecAttention", layer.cross_norm)
             dense = block.layer[-1].DenseReluDense
             layer.feed_forward_norm.weight.copy_(block.layer[-1].layer_norm.weight)
-            layer.feed_forward.w_in.weight.copy_(torch.cat([dense.wi_0.weight, dense.wi_1.weight]))
+            layer.feed_forward.gate.weight.copy_(dense.wi_0.weight)
+            layer.feed_forward.w_in.weight.copy_(dense.wi_1.weight)
             layer.feed_forward.w_out.weight.copy_(dense.wo.weight)
 
 
