@@ -111,7 +111,7 @@ def evaluate_fully(
                 {name: value for name, value in scores.items() if isinstance(value, str)},
                 path,
             )
-    result.metrics["eval/samples"] = distributed.all_reduce_sum([len(samples)])[0]
+    result.metrics["eval/samples"] = int(distributed.all_reduce_sum([len(samples)])[0])
     (result.metrics["eval/seconds"],) = distributed.all_reduce_max([time.perf_counter() - started])
     if evaluation.final:
         summary = {"step": step, "split": evaluation.split, **result.metrics, **result.signatures}
