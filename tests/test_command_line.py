@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -110,6 +110,12 @@ def test_the_exit_code_is_that_of_the_run(trainer: CommandLine, monkeypatch: pyt
         (["optimizer._target_=os.system"], ["code outside trainer", "allow_targets=[os.]"]),
         (["~model.d_model", "~optimizer.nothing"], ["~optimizer.nothing", "does not exist"]),
         (["model.d_model.x=3"], ["model.d_model.x=3"]),
+        (["model=null"], ["model=null is no choice of the group model", "Choices:"]),
+        (["steps=${nothing}"], ["steps cannot be resolved: Interpolation key 'nothing' not found."]),
+        (["foo/bar=x"], ["foo/bar is no key"]),
+        (["=3"], ["'=3' is no override"]),
+        (["batch=3"], ["batch=3 is no mapping of the keys global_size"]),
+        (["hydra.foo=1"], ["hydra.foo is no key"]),
     ],
 )
 def test_bad_input_is_refused_with_key_value_and_cure(
@@ -251,6 +257,33 @@ def test_a_folder_of_ones_own_adds_choices(
     assert err == "error: --config-dir nowhere is no folder.\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("# @package _global_\nname: [1\n", ["broken.yaml", "line 3"]),
+        ("# @package _global_\ndefaults: [{override /model: foo}]\n", ["experiment=broken", "model/foo", "lstm"]),
+        ("# @package _global_\ndefaults: [quickstart, _self_]\nstepps: 3\n", ["stepps is no key", "steps?"]),
+        ("- 1\n", ["experiment's file", "# @package _global_"]),
+        ("name: forgot\nsteps: 1\nbatch: {global_size: 1}\n", ["experiment's file", "# @package _global_"]),
+    ],
+)
+def test_a_broken_file_of_ones_own_is_named(
+    trainer: CommandLine, tmp_path: Path, content: str, words: list[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "broken.yaml").write_text(content)
+    code, _, err = trainer("--config-dir", str(tmp_path), "experiment=broken")
+    assert code == 2 and err.startswith("error: ") and "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job", "-m"], ["--resolve"], ["--config-name", "nothing"]])
+def test_flags_that_cannot_be_are_a_message(trainer: CommandLine, flags: list[str]) -> None:
+    code, _, err = trainer(*flags)
+    assert code == 2 and err.startswith("error: ") and "Traceback" not in err
+
+
 def test_configs_are_found_in_a_clone_and_in_an_installed_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,16 +334,13 @@ sys.exit(f'imported {heavy}' if heavy or ended.code else 0)\n"
 def test_questions_are_answered_in_two_seconds_without_torch(
     arguments: list[str], tmp_path: Path, trainer_env: dict[str, str]
 ) -> None:
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        command = [sys.executable, "-c", QUIET, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=trainer_env, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
-        assert done.returncode == 0, done.stderr
-        if seconds[-1] < 2:
-            break
-    assert min(seconds) < 2
+    """Processor seconds, which other tests on the same cores disturb least."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", QUIET, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=trainer_env, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -151,6 +151,7 @@ def test_interpolations_are_resolved() -> None:
         ({"logging": [1]}, "logging=[1] is no part"),
         ({"data": part(path="???")}, "data.path has no value; set data.path=..."),
         ({"model": part(size="${nothing.here}")}, "model.size cannot be resolved: Interpolation key 'nothing.here'"),
+        ({"steps": "${nothing.here}"}, "steps cannot be resolved"),
         ({"model": part(sizes=["${nothing.here}"])}, "model.sizes.0 cannot be resolved"),
     ],
 )
@@ -278,3 +279,9 @@ def test_no_key_of_the_schema_is_dead() -> None:
     checked_as_values = {"allow_targets"}  # trainer.build reads the mapping, before there is a Config
     dead = [".".join(key) for key in keys if tuple(key) not in read and key[-1] not in checked_as_values]
     assert dead == []
+
+
+def test_every_fact_is_documented() -> None:
+    guide = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    missing = [key for key, _ in _schema_leaves(Config) if key not in (*PARTS, "logging") and f"`{key}`" not in guide]
+    assert missing == []

@@ -24,6 +24,7 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from trainer.build import part_problems
 from trainer.config import to_config
@@ -32,6 +33,9 @@ from trainer.wording import did_you_mean, flatten
 
 MAIN = "train"
 """The primary config file."""
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+"""What Hydra raises for a command line or a file that a person can mend."""
 
 
 def config_directory() -> Path:
@@ -46,7 +50,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     try:
         with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
             return hydra.compose(MAIN, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSITION_ERRORS as error:
         raise _told(error, overrides) from error
 
 
@@ -62,7 +66,7 @@ def execute(job: Callable[[DictConfig, list[str]], int], arguments: Sequence[str
 
     def task(composed: DictConfig) -> None:
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-        overrides = list(HydraConfig.get().overrides.task)
+        overrides: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task)  # type: ignore[assignment]
         try:
             codes.append(job(_named(composed, overrides) if sweeping else composed, overrides))
         except Exception as error:  # Hydra would print its own lines about it
@@ -76,7 +80,7 @@ def execute(job: Callable[[DictConfig, list[str]], int], arguments: Sequence[str
     sys.argv[1:] = arguments
     try:
         hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=MAIN)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSITION_ERRORS as error:
         raise _told(error, arguments) from error
     if failures:
         raise failures[0]
@@ -100,12 +104,14 @@ def _told(error: Exception, arguments: Sequence[str]) -> ConfigError:
     """Everything wrong with `arguments`, which Hydra refused by `error`; if they ask for a run, by the schema too."""
     flags = get_args_parser().parse_args(list(arguments))
     problems, composed = mistakes(arguments)
+    if not problems:
+        return ConfigError(_in_one_line(error))
     if composed is not None and not (flags.cfg or flags.help or flags.hydra_help or flags.info):
         try:
             to_config(composed, part_problems)
         except ConfigError as more:
             problems += more.problems
-    return ConfigError(*(problems or [_in_one_line(error)]))
+    return ConfigError(*problems)
 
 
 def mistakes(arguments: Sequence[str]) -> tuple[list[str], DictConfig | None]:
@@ -131,8 +137,11 @@ def _mistakes(
     parsed: list[Override] = []
     for text in overrides:
         try:
-            parsed.append(OverridesParser.create().parse_override(text))
-        except (OverrideParseException, HydraException):
+            override = OverridesParser.create().parse_override(text)
+            if not override.key_or_group:
+                raise OverrideParseException(text, "no key")
+            parsed.append(override)
+        except HydraException:
             problems.append(f"{text!r} is no override: write key=value, and quote a value with spaces: key='\"a b\"'.")
     groups = {override.key_or_group: _choices(override.key_or_group, extra) for override in parsed}
     wrong = {
@@ -144,7 +153,7 @@ def _mistakes(
     good = [*extra]
     try:
         composed = hydra.compose(name, overrides=good)
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSITION_ERRORS as error:
         return [*problems, _in_one_line(error)], None
     choices_first = sorted(parsed, key=lambda override: not groups[override.key_or_group])
     for override in choices_first:
@@ -154,10 +163,13 @@ def _mistakes(
             try:
                 composed = hydra.compose(name, overrides=[*good, text])
                 good.append(text)
-            except (HydraException, OmegaConfBaseException) as error:
-                unknown = isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError)
+            except COMPOSITION_ERRORS as error:
+                is_group = bool(groups[override.key_or_group])
+                unknown = isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError) and not is_group
                 if not (unknown and wrong):  # the right choice may have the key
                     problems.append(_explain(override, unknown, error, composed))
+                if is_group:
+                    wrong[override.key_or_group] = problems[-1]
                 break
     return list(dict.fromkeys(problems)), None if wrong else composed
 
@@ -184,7 +196,7 @@ def _wrong_choice(override: Override, groups: dict[str, list[str]], sweeping: bo
         return None
     else:
         value = override.value()
-        values = [str(one) for one in value] if isinstance(value, list) else [] if value is None else [str(value)]
+        values = list(map(str, value)) if isinstance(value, list) else ["null" if value is None else str(value)]
     for value in values:
         if value not in groups[group]:
             known = ", ".join(groups[group])
@@ -213,4 +225,4 @@ def _explain(override: Override, unknown: bool, error: Exception, composed: Dict
 def _in_one_line(error: BaseException) -> str:
     """Hydra's message without its line breaks, with OmegaConf's reason where there is one."""
     reason = f" {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-    return " ".join(f"{error}{reason}".split())
+    return " ".join(f"{error}{reason}".partition("Config search path:")[0].split())

@@ -218,7 +218,9 @@ def _read(schema: Any, given: Mapping[str, Any], prefix: str, problems: list[str
     hints = get_type_hints(schema)
     values: dict[str, Any] = {}
     for name in given:
-        if name not in hints:
+        if f"{prefix}{name}" == "experiment":
+            problems.append("The experiment's file must begin with the line `# @package _global_`, and hold a mapping.")
+        elif name not in hints:
             problems.append(
                 f"{prefix}{name} is no key of the configuration{did_you_mean(f'{prefix}{name}', _keys(Config))}"
             )
@@ -227,7 +229,7 @@ def _read(schema: Any, given: Mapping[str, Any], prefix: str, problems: list[str
         default = entry.default_factory() if callable(entry.default_factory) else entry.default
         value = given.get(name, {} if is_dataclass(hint) else default)
         if value == MISSING:
-            problems.append(_missing(key))
+            problems += [] if f"{key} cannot be resolved" in "".join(problems) else [_missing(key)]
         elif is_dataclass(hint) and isinstance(value, Mapping):
             values[name] = _read(hint, value, f"{key}.", problems)
         elif is_dataclass(hint):
