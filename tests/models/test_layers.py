@@ -112,6 +112,7 @@ def test_the_causal_bias_hides_what_comes_later():
 def test_the_embedding_is_also_the_head():
     embedding = TokenEmbedding(7, 4, std=1.0, head_bias=True)
     with torch.no_grad():
+        embedding.weight.copy_(torch.rand(7, 4))
         embedding.head_bias.fill_(0.5)
     hidden = torch.rand(3, 4)
     torch.testing.assert_close(embedding(hidden, as_head=True), F.linear(hidden, embedding.weight) + 0.5)
