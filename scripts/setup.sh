@@ -55,7 +55,7 @@ check_machine() {
         fail "the disk is nearly full: $((free_kb / 1024)) MB free at $root." "Free at least $needed_gb GB there."
 }
 
-find_compiler() { # DeepSpeed compiles its shared-memory collectives at first use, with $CXX
+find_compiler() { # DeepSpeed compiles its CPU optimizer, and torch.compile its kernels, at first use, with $CXX
     local name
     for name in g++ clang++; do
         if [ -z "${CXX:-}" ] && command -v "$name" >/dev/null; then
@@ -96,27 +96,6 @@ make_venv() {
     pip_install --no-deps --no-build-isolation --editable .
 }
 
-compile_collectives() { # on CPU, so that no first run waits for the compiler, nor for a lock that a killed one left behind
-    if [[ $venv =~ [[:space:]] ]]; then
-        say "the path $root has white space, which torch's compiler calls cannot take: ZeRO uses gloo, and CPU offload is not available"
-        return
-    fi
-    local cache=${TORCH_EXTENSIONS_DIR:-${HOME:-/nonexistent}/.cache/torch_extensions}
-    find "$cache" -name lock -mmin +15 -delete 2>/dev/null || true
-    say "compiling DeepSpeed's shared-memory collectives"
-    PATH=$venv/bin:$PATH DS_ACCELERATOR=cpu "$venv/bin/python" - >>"$log" 2>&1 <<'PYTHON' || explain_compiler
-import torch
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-if not torch.cuda.is_available():
-    ShareMemCommBuilder().load(verbose=False)
-PYTHON
-}
-
-explain_compiler() {
-    tail -n 15 -- "$log" >&2
-    fail "DeepSpeed's extension did not compile with ${CXX:-c++}." "The compiler's words are above and in $log; C++20 is needed (g++ 11, clang 14 or newer)."
-}
-
 cd -- "$root"
 if is_finished; then
     say ".venv is up to date"
@@ -125,6 +104,5 @@ fi
 find_python
 check_machine
 make_venv
-compile_collectives
 fingerprint >"$stamp"
 say "ready: source .venv/bin/activate"

@@ -39,5 +39,5 @@ def test_tokens_as_unit_warm_up_from_above_zero():
 
 
 def test_warmup_longer_than_the_run_is_refused_with_both_numbers():
-    with pytest.raises(ConfigError, match=r"schedule.warmup=200 steps.*100 steps"):
+    with pytest.raises(ConfigError, match=r"schedule.warmup=200 steps.*the 100 of the run"):
         Cosine(total=100, warmup=200)

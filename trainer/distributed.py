@@ -55,7 +55,8 @@ def process_group(always: bool = False, timeout_seconds: float = 1800.0) -> Iter
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if launched_ranks() == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:
@@ -119,7 +120,7 @@ def on_rank_zero(action: Callable[[], T]) -> T:
             if world_size() == 1:
                 raise
             outcome = (None, error)
-    value, error = broadcast_object(outcome)
-    if error is not None:
-        raise error
+    value, failure = broadcast_object(outcome)
+    if failure is not None:
+        raise failure
     return value  # type: ignore[return-value]  # the action's own value

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,9 +17,10 @@ from trainer.config import Config, config_to_dict, to_config
 from trainer.data.loader import Loader
 from trainer.engine.ds_config import make_ds_config
 from trainer.evaluate import Evaluation, evaluate
-from trainer.guards.signals import listening
+from trainer.guards.signals import StopRequest, listening
 from trainer.initial import initialise
-from trainer.loop import Training, blank_of, fit
+from trainer.logs import run_log
+from trainer.loop import Outcome, Training, blank_of, fit
 from trainer.metrics import RunInfo
 from trainer.metrics.meter import Meter, peak_flops
 from trainer.metrics.sinks import JsonLinesSink, SafeSinks
@@ -31,68 +35,86 @@ from trainer.summary import summarise
 def run(config: Config, overrides: Sequence[str]) -> int:
     """Train, evaluate and save one run; returns the exit code. Raises the errors of `trainer.errors`."""
     check_parts(config)
-    with distributed.process_group(always=config.engine.kind == "zero"), listening() as stop_request:
+    with (
+        distributed.process_group(always=config.engine.kind == "zero"),
+        listening() as stop_request,
+        run_log(distributed.rank()) as log_to,
+    ):
         config = to_config(distributed.broadcast_object(config_to_dict(config)))
-        plan = make_plan(config, distributed.world_size())
-        directory = RunDirectory.of(config)
-        distributed.on_rank_zero(lambda: directory.check(config))
-
-        data = build(config.data, "data")
-        config, tokenizer = make_tokenizer(config, data, directory)
-        task = make_task(config, tokenizer)
-        distributed.on_rank_zero(lambda: check_evaluation(config, plan, data, task))
-        total = config.steps if config.schedule["unit"] == "steps" else config.stop.tokens or 0
-        schedule: Schedule = build(config.schedule, "schedule", total=total)
-
-        def build_model() -> torch.nn.Module:
-            model: torch.nn.Module = build(config.model, "model")
-            return model
-
-        with torch.device("meta"):
-            check_fit(config, task, build_model(), tokenizer)
-        loader = Loader(data, task, plan, distributed.rank(), config.seed, config.stop.epochs)
-        blank = blank_of(task.collate([first_sample(data, task)]))
-        checkpoint = newest(directory.checkpoints)
-        distributed.on_rank_zero(
-            lambda: directory.claim(config, overrides, plan.to_dict(), make_ds_config(plan), tokenizer)
-        )
-
-        engine = make_engine(config, plan, build_model)
-        if checkpoint is None:
-            initialise(engine, build_model, config.seed)
-            state, lanes = TrainState(), {}
-        else:
-            load(checkpoint, engine)
-            state, lanes = checkpoint.state, dict(checkpoint.lanes)
-            loader.load_lane_states(lanes)
-
-        sinks = SafeSinks([])
-        if distributed.rank() == 0:
-            print(summarise(config, plan, engine, schedule, directory, state), flush=True)
-            sinks = SafeSinks(
-                [JsonLinesSink(), *(build(part, f"logging.{name}") for name, part in config.logging.items())]
-            )
-            info = RunInfo(
-                config.name, directory.path, config_to_dict(config), plan.to_dict(), config.steps, state.step
-            )
-            sinks.open(info)
-            directory.status("running", state.step, "training")
-        trace = directory.open_trace(distributed.rank(), state.step) if data.trace else None
-        meter = Meter(time.perf_counter, peak_flops(_device_name()))
-        training = Training(
-            config, plan, directory, task, data, loader, engine, schedule, meter, sinks, stop_request, trace, blank
-        )
-        state, outcome = fit(training, state, lanes)
-        loader.close()
-        if outcome.status == "finished" and config.eval.final_split != "none":
-            final = Evaluation(config.eval.final_split, None, plan, generate=True, final=True)
-            sinks.log_evaluation(state.step, evaluate(engine, task, data, final, directory.path, state.step))
-        if distributed.rank() == 0:
-            sinks.event(state.step, f"{outcome.status}: {outcome.reason}")
-            sinks.close(outcome.status)
-            directory.status(outcome.status, state.step, outcome.reason, outcome.exit_code)
+        training, begin, lanes = assemble(config, overrides, stop_request, log_to)
+        try:
+            state, outcome = fit(training, begin, lanes)
+            if outcome.status == "finished":
+                evaluate_finally(training, state, again=state.step == begin.step)
+            training.sinks.event(state.step, f"{outcome.status}: {outcome.reason}")
+        except BaseException as error:
+            outcome = Outcome("failed", f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1))
+            raise
+        finally:
+            training.loader.close()
+            training.sinks.close(outcome.status)
+            if distributed.rank() == 0:
+                training.directory.conclude(outcome.status, outcome.reason, outcome.exit_code)
         return outcome.exit_code
 
 
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def assemble(
+    config: Config, overrides: Sequence[str], stop_request: StopRequest, log_to: Callable[[Path], None]
+) -> tuple[Training, TrainState, dict[int, Any]]:
+    """Everything `fit` needs, and where it begins. Whatever can be refused is refused before the first file is
+    written."""
+    plan = make_plan(config, distributed.world_size())
+    directory = RunDirectory.of(config)
+    distributed.on_rank_zero(lambda: directory.check(config))
+
+    data = build(config.data, "data")
+    config, tokenizer = make_tokenizer(config, data, directory)
+    task = make_task(config, tokenizer)
+    distributed.on_rank_zero(lambda: check_evaluation(config, plan, data, task))
+    total = config.steps if config.schedule["unit"] == "steps" else config.stop.tokens or 0
+    schedule: Schedule = build(config.schedule, "schedule", total=total)
+    build_model = partial(build, config.model, "model")
+    with torch.device("meta"):
+        check_fit(config, task, build_model(), tokenizer)
+    loader = Loader(data, task, plan, distributed.rank(), config.seed, config.stop.epochs)
+    blank = blank_of(task.collate([first_sample(data, task)]))
+    checkpoint = newest(directory.checkpoints)
+
+    ds_config = make_ds_config(plan)
+    distributed.on_rank_zero(lambda: directory.claim(config, overrides, plan.to_dict(), ds_config, tokenizer))
+    log_to(directory.log(distributed.rank()))
+    engine = make_engine(config, plan, build_model)
+    state, lanes = TrainState(), {}
+    if checkpoint is None:
+        initialise(engine, build_model, config.seed)
+    else:
+        load(checkpoint, engine)
+        state, lanes = checkpoint.state, dict(checkpoint.lanes)
+        loader.load_lane_states(lanes)
+
+    sinks = SafeSinks([])
+    if distributed.rank() == 0:
+        print(summarise(config, plan, engine, schedule, directory, state), flush=True)
+        sinks = SafeSinks([JsonLinesSink(), *(build(part, f"logging.{name}") for name, part in config.logging.items())])
+        facts = config_to_dict(config), plan.to_dict()
+        sinks.open(RunInfo(config.name, directory.path, *facts, config.steps, state.step))
+        directory.status("running", state.step, "training")
+    trace = directory.open_trace(distributed.rank(), state.step) if data.trace else None
+    device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    meter = Meter(time.perf_counter, peak_flops(device_name))
+    training = Training(
+        config, plan, directory, task, data, loader, engine, schedule, meter, sinks, stop_request, trace, blank
+    )
+    return training, state, lanes
+
+
+def evaluate_finally(training: Training, state: TrainState, again: bool) -> None:
+    """Evaluate the final split into evaluation.json; not `again` for a run that had ended before and was only called
+    again."""
+    config, directory = training.config, training.directory
+    split = config.eval.final_split
+    if split == "none" or (again and directory.evaluation.exists()):
+        return
+    final = Evaluation(split, None, training.plan, generate=True, final=True)
+    metrics = evaluate(training.engine, training.task, training.data, final, directory.path, state.step)
+    training.sinks.log_evaluation(state.step, {"split": split, **metrics})

@@ -76,8 +76,8 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
     positions = getattr(model, "max_positions", None)
     if task.max_length is not None and positions is not None and task.max_length > positions:
         problems.append(
-            f"The task makes sequences of up to {task.max_length} tokens, the model takes model.max_positions={positions};"
-            f" raise model.max_positions or lower the task's maximum length."
+            f"The task makes sequences of up to {task.max_length} tokens, more than model.max_positions={positions};"
+            " raise model.max_positions or lower the task's maximum length."
         )
     vocabulary = getattr(model, "vocab_size", None)
     if tokenizer is not None and vocabulary is not None and tokenizer.vocab_size > vocabulary:
@@ -92,17 +92,17 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
 
 
 def _fp16_problems(config: Config, model: Any) -> list[str]:
-    if distributed.device().type == "cpu":
-        return ["precision=fp16 does not run on a CPU (DeepSpeed and PyTorch lack its kernels); use precision=bf16."]
     problems = []
-    if config.engine.kind != "zero":
+    if distributed.device().type == "cpu":
         problems.append(
-            "precision=fp16 needs loss scaling, which engine=zero1, zero2 and zero3 have; choose one, or precision=bf16."
+            "precision=fp16 does not run on a CPU, where DeepSpeed has no kernels for it; use precision=bf16."
         )
+    elif config.engine.kind != "zero":
+        problems.append("precision=fp16 needs the loss scaling of engine=zero1, zero2 or zero3; or use precision=bf16.")
     if getattr(model, "overflows_in_fp16", False) and not config.force_fp16:
         problems.append(
-            "precision=fp16 overflows in T5-like models (their activations were trained in bf16 range); use precision=bf16,"
-            " or insist with force_fp16=true."
+            "precision=fp16 overflows in T5-like models, whose activations exceed its largest number, 65504;"
+            " use precision=bf16, or insist with force_fp16=true."
         )
     return problems
 

@@ -25,6 +25,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.tokenizer = path / "tokenizer.json"
         self.config = path / "config.yaml"
+        self.evaluation = path / "evaluation.json"
 
     @classmethod
     def of(cls, config: Config) -> RunDirectory:
@@ -54,8 +55,8 @@ class RunDirectory:
         changed = differences(config_from_yaml(self.config), config)
         if changed:
             raise ConfigError(
-                f"{self.path} was written by another configuration; choose another name=..., or undo the difference:\n  "
-                + "\n  ".join(changed)
+                f"{self.path} was written by another configuration; choose another name=..., or undo the"
+                " difference:\n  " + "\n  ".join(changed)
             )
 
     def claim(
@@ -77,8 +78,12 @@ class RunDirectory:
         if tokenizer is not None and not self.tokenizer.exists():
             tokenizer.save(self.tokenizer)
 
+    def log(self, rank: int) -> Path:
+        """Where a rank's messages go."""
+        return self.path / "logs" / f"rank_{rank:05d}.log"
+
     def open_trace(self, rank: int, last_step: int) -> JsonLines:
-        """The trace of a rank's samples. Every rank's is cut back to `last_step`, for there may be fewer ranks than before."""
+        """The trace of a rank's samples. Rank 0 cuts all back to `last_step`: there may have been more ranks before."""
         folder = self.path / "samples"
         for path in folder.glob("rank_*.jsonl") if rank == 0 else ():
             truncate_after(path, last_step)
@@ -89,6 +94,10 @@ class RunDirectory:
         partial = self.path / ".status.json"
         _write_json(partial, {"state": state, "step": step, "reason": reason, "exit_code": exit_code})
         partial.replace(self.path / "status.json")
+
+    def conclude(self, state: str, reason: str, exit_code: int) -> None:
+        """The last word of `status`, at the step it last told."""
+        self.status(state, self.read_status().get("step", 0), reason, exit_code)
 
     def read_status(self) -> dict[str, Any]:
         """The last status; {} before the first."""

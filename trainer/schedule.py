@@ -38,8 +38,8 @@ class _Base:
     def __post_init__(self) -> None:
         if not 0 <= self.warmup <= self.total:
             raise ConfigError(
-                f"schedule.warmup={self.warmup:g} {self.unit} is not between 0 and the run's {self.total:g} {self.unit};"
-                " shorten the warm-up or lengthen the run (steps, or stop.tokens when schedule.unit=tokens)."
+                f"schedule.warmup={self.warmup:g} {self.unit} is not between 0 and the {self.total:g} of the run;"
+                " shorten the warm-up or lengthen the run (steps; stop.tokens for schedule.unit=tokens)."
             )
 
     def factor(self, progress: float) -> float:

@@ -37,8 +37,8 @@ def summarise(
         "model": f"{_short(config.model['_target_'])}, {parameters:,} parameters",
         "global batch": f"{split} (samples)",
         "length": f"{config.steps:,} steps",
-        "learning rate": f"{lr * schedule.factor(0):.3g} first, {lr * schedule.factor(warmup):.3g} after {warmup} {schedule.unit}"
-        f" of warm-up, {lr * schedule.factor(last):.3g} last ({_short(config.schedule['_target_'])})",
+        "learning rate": f"{lr * schedule.factor(0):.3g} first, {lr * schedule.factor(warmup):.3g} after {warmup}"
+        f" {schedule.unit} of warm-up, {lr * schedule.factor(last):.3g} last ({_short(config.schedule['_target_'])})",
         "optimizer": _short(config.optimizer["_target_"]),
         "precision": str(config.precision),
         "engine": engine_name + (f", {' and '.join(offload)} in host memory" if offload else ""),

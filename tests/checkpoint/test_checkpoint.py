@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_any_range_can_be_read_from_any_split(tmp_path, numel, cuts, data):
     bounds = sorted({0, numel, *(cut for cut in cuts if cut < numel)})
     whole = torch.arange(numel, dtype=torch.float32)
     files = {}
-    for rank, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for rank, (start, end) in enumerate(pairwise(bounds)):
         name = f"shard_{rank:05d}.safetensors"
         save_file({f"w|master|{start}": whole[start:end].clone()}, folder / name, {"w|master": json.dumps([numel])})
         files[name] = {}

@@ -79,7 +79,8 @@ def read(folder: Path) -> Checkpoint:
     manifest = _read_json(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder / 'manifest.json'}: format {manifest.get('format')} is not {FORMAT}; use the version that wrote it."
+            f"{folder / 'manifest.json'}: format {manifest.get('format')} is not {FORMAT};"
+            " use the version that wrote it."
         )
     for name, facts in manifest["files"].items():
         path = folder / name
@@ -145,8 +146,8 @@ class Reader:
                 filled += stop - begin
         if filled < target.numel():
             raise CheckpointError(
-                f"{self._checkpoint.folder}: {parameter} ({state}) has {filled} of the {target.numel()} elements wanted from"
-                f" {start}; the checkpoint was written by another model or optimizer."
+                f"{self._checkpoint.folder}: {parameter} ({state}) has {filled} of the {target.numel()} elements"
+                f" wanted from {start}; the checkpoint was written by another model or optimizer."
             )
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -41,9 +41,6 @@ class Engine(Protocol):
     model: torch.nn.Module
     """What tasks call: runs `forward` with the engine's hooks."""
 
-    skipped_steps: int
-    """Steps without an update so far, because a gradient overflowed in fp16."""
-
     replicated: bool
     """True when every rank holds the whole training state (its fragments are the same everywhere)."""
 
@@ -61,6 +58,10 @@ class Engine(Protocol):
     def step(self, lr: float) -> float:
         """Clip, update with learning rate `lr`, clear the gradients; returns the global gradient norm before
         clipping."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps without an update so far, because a gradient overflowed in fp16."""
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's pieces of the training state; over all ranks they cover all of it at least once.

@@ -33,6 +33,8 @@ with warnings.catch_warnings():
     import deepspeed
     from deepspeed.runtime.utils import all_gather_dp_groups
 
+# Its shared-memory collectives would be compiled at first use (a minute), and were no faster than gloo's on 2 cores.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
@@ -79,7 +81,7 @@ class ZeroEngine:
         self._base_optimizer: torch.optim.Optimizer = self._optimizer.optimizer
 
     @property
-    def skipped_steps(self) -> int:  # type: ignore[override]
+    def skipped_steps(self) -> int:
         """See the contract."""
         return int(self._engine.skipped_steps)
 
@@ -109,6 +111,7 @@ class ZeroEngine:
 
     def _pieces(self) -> Iterator[_Piece]:
         flats = self._flats()
+        parameter: Any  # DeepSpeed hangs its own attributes on parameters
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue

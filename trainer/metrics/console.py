@@ -49,6 +49,7 @@ class ConsoleSink:
 
     def event(self, step: int, message: str) -> None:
         """See the contract."""
+        self._step = step
         self._print(f"step {step}: {message}")
 
     def close(self, status: str) -> None:

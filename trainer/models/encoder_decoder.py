@@ -151,8 +151,8 @@ class EncoderDecoder(Model):
         super().__init__()
         _check(d_model, num_heads, d_kv, positions, max_positions)
         d_kv = d_kv or d_model // num_heads
-        self.vocab_size = vocab_size
-        self.max_positions = max_positions
+        self.overflows_in_fp16 = positions == "relative" and norm == "rms"  # T5
+        self.vocab_size, self.max_positions = vocab_size, max_positions
         self.d_model = d_model
         self.inner_size = num_heads * d_kv
         self.dropout = dropout
