@@ -82,7 +82,7 @@ class EvalConfig:
 
     every: int = 0  # steps; 0: only at the end
     max_samples: int | None = None
-    generate: bool = True  # also decode (BLEU, chrF ...), which costs far more than the loss; the final one always does
+    generate: bool = True  # also decode (BLEU, chrF ...), which takes far longer; the final evaluation always does
     final_split: FinalSplit = FinalSplit.test  # evaluated once at the end of the run
 
 
@@ -134,6 +134,7 @@ class Config:
     force_fp16: bool = False  # fp16 for model families known to overflow in it
     clip_norm: float | None = 1.0
     resume: Resume = Resume.auto
+    dry_run: bool = False  # print the summary, plan.json and ds_config.json for WORLD_SIZE ranks, and stop
     batch: BatchConfig = field(default_factory=BatchConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -162,7 +163,20 @@ _LEAST = {
 _ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes")
 
 _FREE = (
-    *("name", "runs_dir", "steps", "resume", "allow_targets", "log", "eval", "stop", "checkpoint", "logging", "debug"),
+    *(
+        "name",
+        "runs_dir",
+        "steps",
+        "resume",
+        "dry_run",
+        "allow_targets",
+        "log",
+        "eval",
+        "stop",
+        "checkpoint",
+        "logging",
+        "debug",
+    ),
     *("engine", "batch.micro_size", "batch.micro_tokens", "data.trace"),
 )
 """Keys, with all below them, that may change when a run goes on: what a step learns does not depend on them."""

@@ -18,6 +18,7 @@ from trainer.data.loader import Loader
 from trainer.engine.ds_config import make_ds_config
 from trainer.evaluate import Evaluation, evaluate
 from trainer.guards.signals import StopRequest, listening
+from trainer.host import keep_freed_memory
 from trainer.initial import initialise
 from trainer.logs import run_log
 from trainer.loop import Outcome, Training, blank_of, fit
@@ -29,12 +30,16 @@ from trainer.plan import make_plan
 from trainer.run_directory import RunDirectory
 from trainer.schedule import Schedule
 from trainer.state import TrainState
-from trainer.summary import summarise
+from trainer.summary import count_parameters, dry_run, summarise, total_progress
 
 
 def run(config: Config, overrides: Sequence[str]) -> int:
     """Train, evaluate and save one run; returns the exit code. Raises the errors of `trainer.errors`."""
     check_parts(config)
+    if config.dry_run:
+        print(dry_run(config))
+        return 0
+    keep_freed_memory()
     with (
         distributed.process_group(always=config.engine.kind == "zero"),
         listening() as stop_request,
@@ -71,11 +76,11 @@ def assemble(
     config, tokenizer = make_tokenizer(config, data, directory)
     task = make_task(config, tokenizer)
     distributed.on_rank_zero(lambda: check_evaluation(config, plan, data, task))
-    total = config.steps if config.schedule["unit"] == "steps" else config.stop.tokens or 0
-    schedule: Schedule = build(config.schedule, "schedule", total=total)
+    schedule: Schedule = build(config.schedule, "schedule", total=total_progress(config))
     build_model = partial(build, config.model, "model")
     with torch.device("meta"):
-        check_fit(config, task, build_model(), tokenizer)
+        twin = build_model()
+    check_fit(config, task, twin, tokenizer)
     loader = Loader(data, task, plan, distributed.rank(), config.seed, config.stop.epochs)
     blank = blank_of(task.collate([first_sample(data, task)]))
     checkpoint = newest(directory.checkpoints)
@@ -94,7 +99,7 @@ def assemble(
 
     sinks = SafeSinks([])
     if distributed.rank() == 0:
-        print(summarise(config, plan, engine, schedule, directory, state), flush=True)
+        print(summarise(config, plan, count_parameters(twin), schedule, directory, state), flush=True)
         sinks = SafeSinks([JsonLinesSink(), *(build(part, f"logging.{name}") for name, part in config.logging.items())])
         facts = config_to_dict(config), plan.to_dict()
         sinks.open(RunInfo(config.name, directory.path, *facts, config.steps, state.step))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
+import json
+
+import torch
 
 from trainer import distributed
+from trainer.build import build
 from trainer.config import Config
-from trainer.engine.base import Engine
-from trainer.plan import RunPlan
+from trainer.engine.ds_config import make_ds_config
+from trainer.plan import RunPlan, make_plan
 from trainer.run_directory import RunDirectory
 from trainer.schedule import Schedule
 from trainer.state import TrainState
 
 
 def summarise(
-    config: Config, plan: RunPlan, engine: Engine, schedule: Schedule, directory: RunDirectory, state: TrainState
+    config: Config, plan: RunPlan, parameters: int, schedule: Schedule, directory: RunDirectory, state: TrainState
 ) -> str:
     """Model, batch arithmetic, learning rate, precision, engine, data, run directory; one fact a line."""
-    parameters = sum(
-        math.prod(getattr(parameter, "ds_shape", parameter.shape)) for parameter in engine.module.parameters()
-    )
     if plan.micro_tokens is None:
         split = (
             f"{plan.global_size} = {plan.micro_size} micro x {plan.accumulation} accumulation x {plan.world_size} ranks"
@@ -50,6 +50,31 @@ def summarise(
         rows["resuming"] = f"after step {state.step:,} ({state.tokens:,} target tokens, epoch {state.epoch:.2f})"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Elements of all parameters, a tied one once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def total_progress(config: Config) -> float:
+    """The length of the run in the schedule's unit."""
+    return config.steps if config.schedule["unit"] == "steps" else config.stop.tokens or 0
+
+
+def dry_run(config: Config) -> str:
+    """What `config` would do on the WORLD_SIZE ranks of the environment: the summary, plan.json and ds_config.json.
+
+    The model is built on the meta device; no data are opened, nothing is written. Raises ConfigError like the run
+    itself.
+    """
+    plan = make_plan(config, distributed.launched_ranks())
+    with torch.device("meta"):
+        parameters = count_parameters(build(config.model, "model"))
+    schedule: Schedule = build(config.schedule, "schedule", total=total_progress(config))
+    text = summarise(config, plan, parameters, schedule, RunDirectory.of(config), TrainState())
+    plans = {"plan.json": plan.to_dict(), "ds_config.json": make_ds_config(plan)}
+    return "\n".join([text, *(f"{name}: {json.dumps(content, indent=1)}" for name, content in plans.items())])
 
 
 def _short(target: str) -> str:

@@ -1,10 +1,12 @@
-"""What the trainer costs on top of a bare PyTorch loop: the same model, batches, precision and optimizer, in one process.
+"""What the trainer costs on top of a bare PyTorch loop: the same model, batches, precision and optimizer, in one
+process.
 
     python scripts/bench/overhead.py [--pairs 7] [--steps 20] [--threads 2] [key=value ...]
 
-Both sides take the same steps in turn (A B A B ...), on the quick start's model and data unless told otherwise. The trainer's side is
-the real `fit`: loader, agreement, engine, meter, metrics.jsonl. The bare side gets its batches ready-made and does forward,
-backward, clipping, update. Printed: the median and range of bare seconds / trainer seconds; 1 means no overhead.
+Both sides take the same steps in turn (A B A B ...), on the quick start's model and data unless told otherwise. The
+trainer's side is the real `fit`: loader, agreement, engine, meter, metrics.jsonl. The bare side gets its batches
+ready-made and does forward, backward, clipping, update. Printed: the median and range of bare seconds / trainer
+seconds; 1 means no overhead.
 """
 
 from __future__ import annotations
@@ -13,17 +15,17 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer import distributed
+from trainer.build import build
 from trainer.composition import compose
 from trainer.config import to_config
 from trainer.guards.signals import StopRequest
-from trainer.initial import initialise
 from trainer.loop import fit
 from trainer.main import assemble
 from trainer.optim import build_optimizer
@@ -77,34 +79,32 @@ class BareLoop:
 def measure(words: list[str], pairs: int, steps: int) -> list[float]:
     """Ratios bare / trainer, one a pair; `steps` optimizer steps on each side."""
     with tempfile.TemporaryDirectory() as folder:
-        config = to_config(compose(["experiment=quickstart", "logging=[]", "eval.every=0", *words, f"runs_dir={folder}", "name=bench"]))
-        config = replace(config, steps=10**6, log=replace(config.log, every=1), checkpoint=replace(config.checkpoint, every=0))
+        common = [
+            "experiment=quickstart",
+            "logging=[]",
+            "eval.every=0",
+            "checkpoint.every=0",
+            "log.every=1",
+            "steps=1000000",
+        ]
+        config = to_config(compose([*common, *words, f"runs_dir={folder}", "name=bench"]))
         training, state, lanes = assemble(config, [], StopRequest(), lambda path: None)
         dtype = next(training.engine.module.parameters()).dtype
-        from trainer.build import build
-
         bare = BareLoop(training, lambda: build(config.model, "model"), dtype)
         seen: list[Any] = []
 
-        class Recorded:
-            def __init__(self, iterator: Any) -> None:
-                self.iterator = iterator
-
-            def __iter__(self) -> Any:
-                return self
-
-            def __next__(self) -> Any:
-                batch = next(self.iterator)
+        def recorded() -> Iterator[Any]:
+            for batch in training.loader:
                 seen.append(batch.micro_batches)
-                return batch
+                yield batch
 
-        recorded = Recorded(iter(training.loader))
+        loader = recorded()
         ratios = []
         for pair in range(pairs + 1):
             seen.clear()
             sink = StepTimes()
             until = replace(config, steps=state.step + steps + 1)
-            part = replace(training, config=until, loader=recorded, sinks=sink)
+            part = replace(training, config=until, loader=loader, sinks=sink)
             state, _ = fit(part, state, lanes)
             trainer_seconds = sink.times[-1] - sink.times[0]
             bare_seconds = bare.run(seen[1:])
