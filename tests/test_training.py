@@ -19,7 +19,7 @@ TINY = (
     "tokenizer={vocab_size: 400, max_records: 2000}",
     "task={max_source_length: 400, max_target_length: 400}",
     "batch.global_size=48",
-    "schedule.warmup=5",
+    "schedule.warmup=1",
     "log.every=1",
     "eval={every: 0, final_split: none}",
     "checkpoint.every=0",
@@ -142,7 +142,10 @@ def test_launchers_give_the_same_result(run_trainer, launcher):
         (["steps=4"], "steps: 4 of 4"),
         (["stop.tokens=900"], "stop.tokens"),
         (["stop.minutes=0.0001"], "stop.minutes"),
-        (["stop.epochs=1", "batch.global_size=9600"], "stop.epochs: 1 passes over the data"),
+        (
+            ["stop.epochs=1", "batch.global_size=4800", "batch.micro_tokens=20000"],
+            "stop.epochs: 1 passes over the data",
+        ),
         (
             ["stop.patience=2", "eval.every=2", "eval.max_samples=20", "optimizer.lr=0", "eval.generate=false"],
             "converged",
@@ -158,7 +161,14 @@ def test_a_run_says_why_it_ended(run_trainer, words, reason):
 
 def test_every_sample_of_an_epoch_once(run_trainer):
     done = run_trainer(
-        tiny("steps=60", "name=run", "stop.epochs=1", "batch.global_size=4800", "data.trace=true", "log.every=1")
+        tiny(
+            "steps=60",
+            "name=run",
+            "stop.epochs=1",
+            "batch.global_size=4800",
+            "batch.micro_tokens=20000",
+            "data.trace=true",
+        )
     ).check()
     ids = [identity for ids in samples_by_step(done.runs_dir / "run").values() for identity in ids]
     assert len(ids) == len(set(ids)) == rows(done.runs_dir, "run")[-2]["samples"] > 22_000
@@ -166,14 +176,15 @@ def test_every_sample_of_an_epoch_once(run_trainer):
 
 def test_a_signal_saves_and_asks_to_be_run_again(tmp_path, trainer_env):
     words = tiny("steps=100000", "name=run", f"runs_dir={tmp_path}", "logging=[console]")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trainer", *words], env=trainer_env, cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    assert process.wait(60) == 75
+    command = [sys.executable, "-m", "trainer", *words]
+    with subprocess.Popen(command, env=trainer_env, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.split()[:2] == ["step", "3/100000"]:
+                process.send_signal(signal.SIGTERM)
+                break
+        process.stdout.read()
+        assert process.wait(60) == 75
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "preempted" and status["exit_code"] == 75
     assert (tmp_path / "run" / "checkpoints" / f"step_{status['step']:08d}" / "manifest.json").exists()
@@ -181,7 +192,7 @@ def test_a_signal_saves_and_asks_to_be_run_again(tmp_path, trainer_env):
 
 def test_start_up_says_what_will_happen(run_trainer):
     done = run_trainer(tiny("steps=1", "name=run", "batch.micro_size=12")).check()
-    for fact in ("EncoderDecoder", "48 = 12 micro x 4 accumulation x 1 ranks", "0.0006 first", "bf16", "runs/run"):
+    for fact in ("EncoderDecoder", "48 = 12 micro x 4 accumulation x 1 ranks", "0.003 first", "bf16", "runs/run"):
         assert fact in done.stdout
     run = done.runs_dir / "run"
     for name in ("config.yaml", "overrides.yaml", "plan.json", "ds_config.json", "metrics.jsonl", "tokenizer.json"):

@@ -55,6 +55,7 @@ def process_group(always: bool = False, timeout_seconds: float = 1800.0) -> Iter
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if launched_ranks() == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it there
         store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:

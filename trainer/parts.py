@@ -41,6 +41,7 @@ def make_tokenizer(config: Config, data: StreamData, directory: RunDirectory) ->
             return directory.tokenizer.read_text(encoding="utf-8")
         spec = build(part, "tokenizer")
         columns = [config.task[name] for name in sorted(config.task) if name.endswith("_column")]
+        data.check("train", columns)
         prepared: Tokenizer = spec.prepare(lambda: _texts(data, columns))
         return prepared.to_json()
 
@@ -58,7 +59,10 @@ def _texts(data: StreamData, columns: list[str]) -> Iterator[str]:
     """All texts of the train split, record by record."""
     for record in data.records("train"):
         for name in columns:
-            value = column(record, name)
+            try:
+                value = column(record, name)
+            except KeyError:  # a bad record, which the loader counts
+                continue
             if isinstance(value, str):
                 yield value
 
@@ -84,6 +88,11 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
         problems.append(
             f"The tokenizer has {tokenizer.vocab_size} entries, model.vocab_size={vocabulary} is fewer;"
             f" set model.vocab_size={tokenizer.vocab_size} or more."
+        )
+    if config.engine.kind == "zero" and config.optimizer["_target_"].endswith(".Adafactor"):
+        problems.append(
+            "optimizer=adafactor keeps a second moment by rows and columns of each matrix, and ZeRO flattens matrices;"
+            " use engine=plain, or optimizer=adamw."
         )
     if config.precision == Precision.fp16:
         problems += _fp16_problems(config, model)

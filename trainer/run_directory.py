@@ -40,9 +40,7 @@ class RunDirectory:
         """
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise SetupError(
-                f"No permission to write runs_dir={config.runs_dir}: {parent} is not writable; choose another runs_dir."
-            )
+            raise _unwritable(config, parent, "it is no folder, or you may not write there")
         has_checkpoint = any(self.checkpoints.glob("step_*"))
         if config.resume == Resume.must and not has_checkpoint:
             raise CheckpointError(f"resume=must, but {self.checkpoints} holds no checkpoint; use resume=auto to begin.")
@@ -67,10 +65,12 @@ class RunDirectory:
         ds_config: Mapping[str, Any],
         tokenizer: Tokenizer | None,
     ) -> None:
-        """Create the directory and write what the run is made of."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for folder in ("logs", "generations"):
-            (self.path / folder).mkdir(exist_ok=True)
+        """Create the directory and write what the run is made of. Raises SetupError where that cannot be."""
+        try:
+            for folder in ("checkpoints", "logs", "generations"):
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(config, self.path, error.strerror or str(error)) from error
         self.config.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
         (self.path / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)), encoding="utf-8")
         _write_json(self.path / "plan.json", plan)
@@ -103,6 +103,10 @@ class RunDirectory:
         """The last status; {} before the first."""
         path = self.path / "status.json"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _unwritable(config: Config, path: Path, reason: str) -> SetupError:
+    return SetupError(f"runs_dir={config.runs_dir}: cannot write {path}: {reason}; choose another runs_dir.")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
