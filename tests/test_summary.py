@@ -1,0 +1,72 @@
+"""What a run would do, told without doing it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainer.build import build
+from trainer.composition import compose
+from trainer.config import to_config
+from trainer.errors import ConfigError
+from trainer.parts import check_fit
+from trainer.summary import dry_run
+
+
+@pytest.mark.parametrize(
+    ("experiment", "ranks", "parameters", "stage"),
+    [
+        ("decoder_7b_zero3", 64, "6,738,415,616", 3),
+        ("decoder_70b_zero3", 512, "70,553,706,496", 3),
+        ("encoder_decoder_3b_zero3_offload", 1, "2,849,757,184", 3),
+    ],
+)
+def test_large_shapes_print_their_plan_without_a_gpu(monkeypatch, experiment, ranks, parameters, stage):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    text = dry_run(to_config(compose([f"experiment={experiment}"])))
+    assert f"{parameters} parameters" in text
+    assert f'"world_size": {ranks}' in text
+    assert f"ZeRO stage {stage}" in text and f'"stage": {stage}' in text
+
+
+def test_a_batch_that_does_not_fit_the_ranks_is_refused_in_a_dry_run_too(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    with pytest.raises(ConfigError, match="7 ranks"):
+        dry_run(to_config(compose(["experiment=quickstart"])))
+
+
+class Whatever:
+    """A task that makes short sequences; a model that overflows in fp16, or not."""
+
+    max_length = 8
+    max_positions = 8
+
+    def __init__(self, overflows: bool) -> None:
+        self.overflows_in_fp16 = overflows
+
+
+@pytest.mark.parametrize(
+    ("words", "overflows", "device", "message"),
+    [
+        (["engine=zero2"], False, "cpu", "does not run on a CPU"),
+        (["engine=plain"], False, "cuda", "needs the loss scaling"),
+        (["engine=zero2"], True, "cuda", "force_fp16=true"),
+        (["engine=zero2", "force_fp16=true"], True, "cuda", None),
+        (["engine=zero2"], False, "cuda", None),
+    ],
+)
+def test_fp16_is_refused_where_it_cannot_work_with_the_reason(monkeypatch, words, overflows, device, message):
+    monkeypatch.setattr("trainer.distributed.device", lambda: torch.device(device))
+    config = to_config(compose(["experiment=quickstart", "precision=fp16", *words]))
+    if message is None:
+        check_fit(config, Whatever(False), Whatever(overflows), None)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_fit(config, Whatever(False), Whatever(overflows), None)
+
+
+def test_the_t5_variant_is_known_to_overflow():
+    config = to_config(compose(["experiment=encoder_decoder_3b_zero3_offload"]))
+    with torch.device("meta"):
+        assert build(config.model, "model").overflows_in_fp16
+        assert not build(to_config(compose(["experiment=quickstart"])).model, "model").overflows_in_fp16
