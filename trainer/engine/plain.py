@@ -1,8 +1,8 @@
 """PyTorch alone: every rank holds the whole training state; gradients are summed over the ranks.
 
 Mixed precision is what DeepSpeed does: parameters, activations and gradients in bf16, masters and optimizer states in
-fp32. All parameters live in one flat buffer, and so do gradients and masters: casting, reducing and measuring the norm
-are each one operation, whatever the number of layers.
+fp32. All parameters live in one flat buffer, and so do masters and summed gradients: casting, reducing and measuring
+the norm are each one operation, whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ class PlainEngine:
         for parameter, view in zip(parameters, self._views(self._working_flat, parameters), strict=True):
             parameter.data = view
         self._masters = [torch.nn.Parameter(view) for view in self._views(self._masters_flat, parameters)]
-        self._gradients_flat = torch.zeros_like(self._working_flat)
-        self._sum_flat = self._gradients_flat if dtype == torch.float32 else torch.zeros_like(self._masters_flat)
-        for parameter, view in zip(parameters, self._views(self._gradients_flat, parameters), strict=True):
-            parameter.grad = view
-        for master, view in zip(self._masters, self._views(self._sum_flat, parameters), strict=True):
+        self._sum_flat = torch.zeros_like(self._masters_flat)
+        self._sums = self._views(self._sum_flat, parameters)
+        self._parameters = parameters
+        for master, view in zip(self._masters, self._sums, strict=True):
             master.grad = view
+        if dtype == torch.float32:
+            for parameter, view in zip(parameters, self._sums, strict=True):
+                parameter.grad = view
         self.module = module
         self.model: torch.nn.Module = torch.compile(module, dynamic=True) if compiled else module  # type: ignore[assignment]
         self._optimizer = build_optimizer(zip(self._names, self._masters, strict=True))
@@ -81,9 +83,13 @@ class PlainEngine:
         """See the contract. In bf16 the micro-batches are summed in fp32."""
         sums = task.loss(self.model, batch)
         (sums.objective * scale).backward()  # type: ignore[no-untyped-call]
-        if self._sum_flat is not self._gradients_flat:
-            self._sum_flat.add_(self._gradients_flat)
-            self._gradients_flat.zero_()
+        if self._working_flat is not self._masters_flat:
+            used = [
+                (total, p.grad) for total, p in zip(self._sums, self._parameters, strict=True) if p.grad is not None
+            ]
+            torch._foreach_add_([total for total, _ in used], [gradient for _, gradient in used])
+            for parameter in self._parameters:
+                parameter.grad = None
         if last and distributed.world_size() > 1:
             dist.all_reduce(self._sum_flat)
         return sums
