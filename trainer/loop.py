@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -263,6 +263,3 @@ def _save(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> st
     distributed.on_rank_zero(lambda: training.directory.status("running", state.step, "saved a checkpoint"))
     training.meter.pause(time.perf_counter() - started)
     return folder.name
-
-
-__all__ = ["Outcome", "Training", "blank_of", "due", "fit", "on_device", "replace"]

@@ -13,7 +13,7 @@ from trainer.build import build
 from trainer.config import Config, Precision, with_tokenizer_sha256
 from trainer.data.sources import column
 from trainer.data.stream import StreamData
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer
 from trainer.engine.base import BuildModel, Engine
 from trainer.engine.ds_config import make_ds_config
 from trainer.engine.plain import PlainEngine
@@ -162,14 +162,3 @@ def first_sample(data: StreamData, task: Task) -> Encoded:
     raise ConfigError(
         "data.train holds no record that the task can use; check the columns and maximum lengths of the task."
     )
-
-
-__all__ = [
-    "check_evaluation",
-    "check_fit",
-    "first_sample",
-    "load_tokenizer",
-    "make_engine",
-    "make_task",
-    "make_tokenizer",
-]
