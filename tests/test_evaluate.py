@@ -106,6 +106,7 @@ class Sample:
     index: int
     record: Mapping[str, Any]
     encoded: Encoded
+    task: Translation
 
 
 class Data:
@@ -114,14 +115,13 @@ class Data:
     def __init__(self, pairs: Sequence[tuple[str, str]] = PAIRS) -> None:
         self.records = [{"en": source, "de": target} for source, target in pairs]
 
-    def evaluation_samples(
-        self, split: str, task: Translation, rank: int, world_size: int, max_samples: int | None
-    ) -> list[Sample]:
+    def evaluation_samples(self, split: str, rank: int, world_size: int, max_samples: int | None) -> list[Sample]:
         samples = []
+        task = make_task()
         for index, (record, encoded) in enumerate(zip(self.records, task.encode(self.records), strict=True)):
             assert isinstance(encoded, Encoded)
             if index % world_size == rank and (max_samples is None or index < max_samples):
-                samples.append(Sample(index, record, encoded))
+                samples.append(Sample(index, record, encoded, task))
         return samples
 
 

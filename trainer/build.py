@@ -87,14 +87,23 @@ def check_parts(config: Config) -> None:
 
 def part_problems(values: Mapping[str, Any]) -> list[str]:
     """What is wrong with the parts in the top level of a configuration, as far as it is there."""
-    parts = [(key, _given(key, values[key]), RUNTIME_ARGUMENTS.get(key, ())) for key in PARTS if values.get(key)]
+    parts: list[tuple[str, Mapping[str, Any], tuple[str, ...]]] = [
+        (key, _given(key, values[key]), RUNTIME_ARGUMENTS.get(key, ())) for key in PARTS if values.get(key)
+    ]
     parts += [(f"logging.{name}", sink, ()) for name, sink in values.get("logging", {}).items()]
+    parts += [(f"data.stages.{index}", stage, ()) for index, stage in enumerate(_stages(values))]
     allowed = values.get("allow_targets", ())
     return [
         problem
         for key, part, runtime in parts
         for problem in (_forbidden(part["_target_"], key, allowed) or check(part, key, runtime))
     ]
+
+
+def _stages(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts within `data`; what is no list of parts is refused as an argument of `data`."""
+    stages = (values.get("data") or {}).get("stages") or []
+    return [dict(stage) for stage in stages if isinstance(stage, Mapping) and isinstance(stage.get("_target_"), str)]
 
 
 def _given(key: str, part: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
@@ -42,6 +42,16 @@ class Sample(Protocol):
     def record(self) -> Record: ...
     @property
     def encoded(self) -> Encoded: ...
+    @property
+    def task(self) -> Task: ...
+
+
+class EvaluationData(Protocol):
+    """Where the samples come from (see `trainer.data.corpus.Corpus`)."""
+
+    def evaluation_samples(
+        self, split: str, rank: int, world_size: int, max_samples: int | None
+    ) -> Sequence[Sample]: ...
 
 
 class Evaluated(Protocol):
@@ -78,14 +88,14 @@ class Result:
 
 
 def evaluate(
-    engine: Evaluated, task: Task, data: Any, evaluation: Evaluation, directory: Path, step: int
+    engine: Evaluated, task: Task, corpus: EvaluationData, evaluation: Evaluation, directory: Path, step: int
 ) -> dict[str, float]:
     """The metrics of `evaluate_fully`, the same on all ranks."""
-    return evaluate_fully(engine, task, data, evaluation, directory, step).metrics
+    return evaluate_fully(engine, task, corpus, evaluation, directory, step).metrics
 
 
 def evaluate_fully(
-    engine: Evaluated, task: Task, data: Any, evaluation: Evaluation, directory: Path, step: int
+    engine: Evaluated, task: Task, corpus: EvaluationData, evaluation: Evaluation, directory: Path, step: int
 ) -> Result:
     """Called by all ranks together; all return the same.
 
@@ -96,7 +106,7 @@ def evaluate_fully(
     """
     started = time.perf_counter()
     rank, world_size = distributed.rank(), distributed.world_size()
-    found: Sequence[Sample] = data.evaluation_samples(evaluation.split, task, rank, world_size, evaluation.max_samples)
+    found: Sequence[Sample] = corpus.evaluation_samples(evaluation.split, rank, world_size, evaluation.max_samples)
     samples = sorted(found, key=lambda sample: (sample.encoded.length, sample.index))
     blank = _any_sample(samples, evaluation.split)
     with engine.evaluating():
@@ -180,7 +190,7 @@ def _token_metrics(
         sums = task.loss(engine.model, _on_device(batch))
         nll += sums.nll.cpu()
         counts += torch.stack([sums.num_target_tokens, sums.num_correct]).cpu()
-    num_bytes = sum(task.target_bytes(sample.record, sample.encoded) for sample in samples)
+    num_bytes = sum(sample.task.target_bytes(sample.record, sample.encoded) for sample in samples)
     totals = distributed.all_reduce_sum([float(nll), *map(float, counts), float(num_bytes)])
     nll_sum, num_target_tokens, num_correct, total_bytes = totals
     loss = nll_sum / num_target_tokens
@@ -201,7 +211,8 @@ def _translate(
         encoded = [sample.encoded for sample in batch_samples] or [blank]
         texts = task.generate(engine.module, encoded, all_finished)
         for sample, hypothesis in zip(batch_samples, texts, strict=False):  # a blank batch has a text but no sample
-            mine.append((sample.index, *task.source_and_reference(sample.record), hypothesis))
+            assert isinstance(sample.task, ScoresText), "the tasks of all sources are of one kind"
+            mine.append((sample.index, *sample.task.source_and_reference(sample.record), hypothesis))
     lines = sorted(line for part in distributed.all_gather_objects(mine) for line in part)
     assert len({line[0] for line in lines}) == len(lines), "a sentence was scored twice"
     return lines
@@ -292,7 +303,7 @@ def _evaluate_run(options: EvaluateOptions) -> None:
         result = evaluate_fully(
             _RestoredEngine(restored.model),
             restored.task,
-            restored.data,
+            restored.corpus,
             evaluation,
             restored.directory.path,
             restored.step,

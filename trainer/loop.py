@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ import torch
 from trainer import distributed
 from trainer.checkpoint.save import point, prune, save
 from trainer.config import Config
-from trainer.data.loader import Loader, StepBatch
+from trainer.data.corpus import Corpus
+from trainer.data.loader import NO_BATCH, Loader, StepBatch
 from trainer.engine.base import Engine
+from trainer.errors import DataError
 from trainer.evaluate import Evaluation, evaluate
 from trainer.guards.signals import PREEMPTED, StopRequest
 from trainer.metrics import StepInfo
@@ -37,7 +40,7 @@ class Training:
     plan: RunPlan
     directory: RunDirectory
     task: Task
-    data: Any
+    corpus: Corpus
     loader: Loader
     engine: Engine
     schedule: Schedule
@@ -45,6 +48,7 @@ class Training:
     sinks: SafeSinks
     stop_request: StopRequest
     trace: JsonLines | None  # the ids of all samples, under data.trace
+    quarantine: JsonLines | None  # on rank 0: the records that gave no sample
     blank: Batch  # a micro-batch without labels, for ranks that have no data in a step
 
 
@@ -59,16 +63,18 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _StepTotals:
-    """What all ranks agree on before a step. `micro_batches`: how many every rank runs; `seconds`, `signal`: of any
-    rank."""
+    """What all ranks agree on before a step. `micro_batches`: how many every rank runs; `seconds`, `signalled`,
+    `broken`: of any rank."""
 
     target_tokens: int
     samples: int
     epoch: float
     exhausted: bool
+    rejected: int
     micro_batches: int
     seconds: float
     signalled: bool
+    broken: bool
 
 
 def due(step: int, every: int) -> bool:
@@ -79,15 +85,17 @@ def due(step: int, every: int) -> bool:
 def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tuple[TrainState, Outcome]:
     """Train from `state` until a reason to stop, and leave a checkpoint of the last step.
 
-    lanes: positions of this rank's data lanes at `state`. Called by all ranks together; all return the same.
+    lanes: positions of this rank's data lanes at `state`. Called by all ranks together; all return the same, but that
+    a rank whose data broke raises what broke them, after the checkpoint.
     """
     config, batches = training.config, iter(training.loader)
+    batch = NO_BATCH
     while (outcome := _reached_end(config, state)) is None:
         fetch_started = time.perf_counter()
         batch = next(batches)
         wait_seconds = time.perf_counter() - fetch_started
         totals = _agree(batch, state, training.stop_request)
-        if (outcome := _interrupted(config, totals)) is not None:
+        if (outcome := _interrupted(config, totals, batch)) is not None:
             break
         lr = config.optimizer["lr"] * training.schedule.factor(_progress(training.schedule, state))
         loss_sum, grad_norm = _learn(training, batch, totals, lr, state.step)
@@ -97,14 +105,18 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
         _measure(training, batch, totals, wait_seconds)
         if training.trace is not None:
             training.trace.write({"step": state.step, "rank": distributed.rank(), "ids": batch.ids})
+        if totals.rejected:
+            _quarantine(training, batch, state.step)
         if due(state.step, config.log.every) or state.step == 1:
-            training.sinks.log(_report(training, state, totals, loss_sum, grad_norm, lr))
+            training.sinks.log(_report(training, state, totals, batch, loss_sum, grad_norm, lr))
         if due(state.step, config.eval.every):
             state = _evaluate(training, state, lanes)
         if due(state.step, config.checkpoint.every):
             _save(training, state, lanes)
     if state.step > 0:
         _save(training, state, lanes)
+    if batch.failure is not None:
+        raise batch.failure
     return state, outcome
 
 
@@ -121,32 +133,48 @@ def _reached_end(config: Config, state: TrainState) -> Outcome | None:
     return None
 
 
-def _interrupted(config: Config, totals: _StepTotals) -> Outcome | None:
-    """The ends that ranks must agree on: the clock, a signal, the end of the data."""
+def _interrupted(config: Config, totals: _StepTotals, batch: StepBatch) -> Outcome | None:
+    """The ends that ranks must agree on: data that broke, the clock, a signal, the end of the data."""
+    if totals.broken:
+        reasons = distributed.all_gather_objects(None if batch.failure is None else str(batch.failure))
+        broken = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None)
+        return Outcome("failed", f"the data cannot be read further; {broken}", DataError.exit_code)
     if totals.signalled:
         return Outcome("preempted", "a signal asked for a stop", PREEMPTED)
     if config.stop.minutes is not None and totals.seconds >= 60 * config.stop.minutes:
         return Outcome("finished", f"stop.minutes: {totals.seconds / 60:.1f} of {config.stop.minutes:g}", 0)
     if totals.exhausted:
-        return Outcome("finished", f"stop.epochs: {totals.epoch:g} passes over the data", 0)
+        return Outcome("finished", f"the data have ended after {totals.epoch:g} passes", 0)
     return None
 
 
 def _agree(batch: StepBatch, state: TrainState, request: StopRequest) -> _StepTotals:
     """One exchange a step: how much every rank brings, and whether any rank wants to stop."""
-    nothing_left = batch.exhausted and batch.num_samples == 0
-    local = (batch.num_target_tokens, batch.num_samples, batch.epoch, 0.0 if nothing_left else 1.0)
-    target_tokens, samples, epochs, with_data = distributed.all_reduce_sum(local)
-    wish = (len(batch.micro_batches), state.seconds, float(request.name is not None))
-    micro_batches, seconds, signalled = distributed.all_reduce_max(wish)
+    local = (
+        batch.num_target_tokens,
+        batch.num_samples,
+        batch.epoch,
+        0.0 if batch.exhausted else 1.0,
+        len(batch.rejected),
+    )
+    target_tokens, samples, epochs, with_data, rejected = distributed.all_reduce_sum(local)
+    wish = (
+        len(batch.micro_batches),
+        state.seconds,
+        float(request.name is not None),
+        float(batch.failure is not None),
+    )
+    micro_batches, seconds, signalled, broken = distributed.all_reduce_max(wish)
     return _StepTotals(
         target_tokens=int(target_tokens),
         samples=int(samples),
         epoch=epochs / distributed.world_size(),
         exhausted=with_data == 0,
+        rejected=int(rejected),
         micro_batches=int(micro_batches),
         seconds=seconds,
         signalled=signalled > 0,
+        broken=broken > 0,
     )
 
 
@@ -201,12 +229,26 @@ def _measure(training: Training, batch: StepBatch, totals: _StepTotals, wait_sec
     training.meter.step_done(totals.target_tokens, batch.num_positions, batch.num_padding, wait_seconds, flops)
 
 
+def _quarantine(training: Training, batch: StepBatch, step: int) -> None:
+    """Write down which records gave no sample, and why."""
+    everywhere = distributed.all_gather_objects(batch.rejected)
+    if training.quarantine is not None:
+        for one in itertools.chain.from_iterable(everywhere):
+            training.quarantine.write({"step": step, **asdict(one)})
+
+
 def _report(
-    training: Training, state: TrainState, totals: _StepTotals, loss_sum: torch.Tensor, grad_norm: float, lr: float
+    training: Training,
+    state: TrainState,
+    totals: _StepTotals,
+    batch: StepBatch,
+    loss_sum: torch.Tensor,
+    grad_norm: float,
+    lr: float,
 ) -> StepInfo:
-    meter = training.meter
-    objective, positions, padding, flops = distributed.all_reduce_sum(
-        (float(loss_sum), meter.positions, meter.padding, meter.flops)
+    meter, names = training.meter, training.corpus.count_names
+    objective, positions, padding, flops, *counts = distributed.all_reduce_sum(
+        (float(loss_sum), meter.positions, meter.padding, meter.flops, *(batch.counts.get(name, 0) for name in names))
     )
     (memory,) = distributed.all_reduce_max([memory_bytes()])
     return meter.report(
@@ -221,6 +263,7 @@ def _report(
         world_size=distributed.world_size(),
         memory_bytes=int(memory),
         skipped_steps=training.engine.skipped_steps,
+        data={name: int(count) for name, count in zip(names, counts, strict=True)},
     )
 
 
@@ -239,7 +282,7 @@ def _evaluate(training: Training, state: TrainState, lanes: Mapping[int, Any]) -
     evaluation = evaluate(
         training.engine,
         training.task,
-        training.data,
+        training.corpus,
         Evaluation("validation", config.eval.max_samples, training.plan, config.eval.generate),
         training.directory.path,
         state.step,

@@ -14,6 +14,7 @@ from trainer import distributed
 from trainer.build import build, check_parts
 from trainer.checkpoint.load import load, newest
 from trainer.config import Config, config_to_dict, to_config
+from trainer.data.corpus import Stream
 from trainer.data.loader import Loader
 from trainer.engine.ds_config import make_ds_config
 from trainer.evaluate import Evaluation, evaluate
@@ -25,7 +26,7 @@ from trainer.loop import Outcome, Training, blank_of, fit
 from trainer.metrics import RunInfo
 from trainer.metrics.meter import Meter, peak_flops
 from trainer.metrics.sinks import JsonLinesSink, SafeSinks
-from trainer.parts import check_evaluation, check_fit, first_sample, make_engine, make_task, make_tokenizer
+from trainer.parts import check_evaluation, check_fit, make_corpus, make_engine, make_task, make_tokenizer
 from trainer.plan import make_plan
 from trainer.run_directory import RunDirectory
 from trainer.schedule import Schedule
@@ -74,15 +75,16 @@ def assemble(
 
     data = build(config.data, "data")
     config, tokenizer = make_tokenizer(config, data, directory)
-    task = make_task(config, tokenizer)
-    distributed.on_rank_zero(lambda: check_evaluation(config, plan, data, task))
+    task, corpus = make_task(config, tokenizer), make_corpus(config, data, tokenizer)
+    distributed.on_rank_zero(lambda: check_evaluation(config, plan, corpus))
     schedule: Schedule = build(config.schedule, "schedule", total=total_progress(config))
     build_model = partial(build, config.model, "model")
     with torch.device("meta"):
         twin = build_model()
     check_fit(config, task, twin, tokenizer)
-    loader = Loader(data, task, plan, distributed.rank(), config.seed, config.stop.epochs)
-    blank = blank_of(task.collate([first_sample(data, task)]))
+    stream = Stream(corpus, config.seed, config.batch.global_size, config.stop.epochs)
+    loader = Loader(stream, task, plan, distributed.rank())
+    blank = blank_of(task.collate([corpus.first_sample()]))
     checkpoint = newest(directory.checkpoints)
 
     ds_config = make_ds_config(plan)
@@ -105,12 +107,11 @@ def assemble(
         sinks.open(RunInfo(config.name, directory.path, *facts, config.steps, state.step))
         directory.status("running", state.step, "training")
     trace = directory.open_trace(distributed.rank(), state.step) if data.trace else None
+    quarantine = directory.open_quarantine(state.step) if distributed.rank() == 0 else None
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     meter = Meter(time.perf_counter, peak_flops(device_name))
-    training = Training(
-        config, plan, directory, task, data, loader, engine, schedule, meter, sinks, stop_request, trace, blank
-    )
-    return training, state, lanes
+    facts_of_run = config, plan, directory, task, corpus, loader, engine, schedule, meter
+    return Training(*facts_of_run, sinks, stop_request, trace, quarantine, blank), state, lanes
 
 
 def evaluate_finally(training: Training, state: TrainState, again: bool) -> None:
@@ -121,5 +122,5 @@ def evaluate_finally(training: Training, state: TrainState, again: bool) -> None
     if split == "none" or (again and directory.evaluation.exists()):
         return
     final = Evaluation(split, None, training.plan, generate=True, final=True)
-    metrics = evaluate(training.engine, training.task, training.data, final, directory.path, state.step)
+    metrics = evaluate(training.engine, training.task, training.corpus, final, directory.path, state.step)
     training.sinks.log_evaluation(state.step, {"split": split, **metrics})

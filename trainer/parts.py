@@ -3,7 +3,9 @@ other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,9 @@ import torch
 from trainer import distributed
 from trainer.build import build
 from trainer.config import Config, Precision, with_tokenizer_sha256
+from trainer.data.corpus import Corpus
 from trainer.data.sources import column
+from trainer.data.stages import NeedsPass, Stage
 from trainer.data.stream import StreamData
 from trainer.data.tokenizer import Tokenizer
 from trainer.engine.base import BuildModel, Engine
@@ -22,7 +26,9 @@ from trainer.evaluate import check_enough_samples
 from trainer.optim import build_optimizer
 from trainer.plan import RunPlan
 from trainer.run_directory import RunDirectory
-from trainer.tasks import Encoded, Task
+from trainer.tasks import Task
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -40,8 +46,12 @@ def make_tokenizer(config: Config, data: StreamData, directory: RunDirectory) ->
         if directory.tokenizer.exists():
             return directory.tokenizer.read_text(encoding="utf-8")
         spec = build(part, "tokenizer")
-        columns = [config.task[name] for name in sorted(config.task) if name.endswith("_column")]
-        data.check("train", columns)
+        columns = {
+            source: [part[name] for name in sorted(part) if name.endswith("_column")]
+            for source, part in _task_parts(config, data).items()
+        }
+        for source, dataset in data.datasets.items():
+            dataset.check("train", columns[source])
         prepared: Tokenizer = spec.prepare(lambda: _texts(data, columns))
         return prepared.to_json()
 
@@ -55,16 +65,47 @@ def make_tokenizer(config: Config, data: StreamData, directory: RunDirectory) ->
     return with_tokenizer_sha256(config, tokenizer.sha256), tokenizer
 
 
-def _texts(data: StreamData, columns: list[str]) -> Iterator[str]:
-    """All texts of the train split, record by record."""
-    for record in data.records("train"):
-        for name in columns:
-            try:
-                value = column(record, name)
-            except KeyError:  # a bad record, which the loader counts
-                continue
-            if isinstance(value, str):
-                yield value
+def _texts(data: StreamData, columns: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """All texts of the train split, source by source, record by record."""
+    for source, dataset in data.datasets.items():
+        for _, record in dataset.records("train"):
+            for name in columns[source]:
+                try:
+                    value = column(record, name)
+                except KeyError:  # a bad record, which the loader counts
+                    continue
+                if isinstance(value, str):
+                    yield value
+
+
+def make_corpus(config: Config, data: StreamData, tokenizer: Tokenizer | None) -> Corpus:
+    """The data with a task for each source, which is `config.task` but for the options the source changes, and with
+    the stages. Raises ConfigError."""
+    tasks: dict[str, Task] = {
+        name: build(part, f"data.sources.{name}.task" if name else "task", tokenizer=tokenizer)
+        for name, part in _task_parts(config, data).items()
+    }
+    return Corpus(data, tasks, {name: make_stages(data, name) for name in data.datasets})
+
+
+def make_stages(data: StreamData, source: str) -> list[Stage]:
+    """The stages of a source, those that need it after a pass over its train split by rank 0."""
+    stages: list[Stage] = [build(part, f"data.stages.{index}") for index, part in enumerate(data.stages)]
+    for stage in stages:
+        if isinstance(stage, NeedsPass):
+            stage.adopt(distributed.on_rank_zero(partial(_survey, stage, data, source)))
+    return stages
+
+
+def _survey(stage: NeedsPass, data: StreamData, source: str) -> Any:
+    _log.info("data.stages: %s reads the train split %s once", stage.name, source)
+    prefix = f"{source}/" if source else ""
+    return stage.survey((f"{prefix}{place}", record) for place, record in data.datasets[source].records("train"))
+
+
+def _task_parts(config: Config, data: StreamData) -> dict[str, dict[str, Any]]:
+    """The configuration of each source's task."""
+    return {name: {**config.task, **options.task} for name, options in data.sources.items()}
 
 
 def make_task(config: Config, tokenizer: Tokenizer | None) -> Task:
@@ -88,6 +129,11 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
         problems.append(
             f"The tokenizer has {tokenizer.vocab_size} entries, model.vocab_size={vocabulary} is fewer;"
             f" set model.vocab_size={tokenizer.vocab_size} or more."
+        )
+    if config.data.get("batching") == "packed" and not getattr(model, "packs_rows", False):
+        problems.append(
+            f"data.batching=packed: {type(model).__name__} does not keep the samples of a row apart;"
+            " use data.batching=bucketed."
         )
     if config.engine.kind == "zero" and config.optimizer["_target_"].endswith(".Adafactor"):
         problems.append(
@@ -116,15 +162,15 @@ def _fp16_problems(config: Config, model: Any) -> list[str]:
     return problems
 
 
-def check_evaluation(config: Config, plan: RunPlan, data: StreamData, task: Task) -> None:
+def check_evaluation(config: Config, plan: RunPlan, corpus: Corpus) -> None:
     """Refuse splits that cannot be evaluated, before training rather than after. Raises ConfigError or DataError."""
     splits = {"validation"} if config.eval.every else set()
     if config.eval.final_split != "none":
         splits.add(config.eval.final_split)
-    data.check("train", task.required_columns)
+    corpus.check("train")
     for split in sorted(splits):
-        data.check(split, task.required_columns)
-        available = len(data.evaluation_samples(split, task, 0, 1, max_samples=plan.world_size))
+        corpus.check(split)
+        available = len(corpus.evaluation_samples(split, 0, 1, max_samples=plan.world_size))
         limit = config.eval.max_samples if split == "validation" else None
         check_enough_samples(split, available, limit, plan.world_size)
 
@@ -150,15 +196,4 @@ def make_engine(config: Config, plan: RunPlan, build_model: BuildModel) -> Engin
         dtype,
         config.clip_norm,
         config.engine.compile,
-    )
-
-
-def first_sample(data: StreamData, task: Task) -> Encoded:
-    """The first usable sample of the train split. Raises ConfigError if there is none."""
-    for record in data.records("train"):
-        (encoded,) = task.encode([record])
-        if isinstance(encoded, Encoded):
-            return encoded
-    raise ConfigError(
-        "data.train holds no record that the task can use; check the columns and maximum lengths of the task."
     )

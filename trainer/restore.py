@@ -11,10 +11,10 @@ from trainer import distributed
 from trainer.build import build, check_parts
 from trainer.checkpoint.load import Reader, find
 from trainer.config import Config, config_from_yaml
-from trainer.data.stream import StreamData
+from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import CheckpointError
-from trainer.parts import DTYPES, make_task
+from trainer.parts import DTYPES, make_corpus, make_task
 from trainer.run_directory import RunDirectory
 from trainer.tasks import Task
 
@@ -25,7 +25,7 @@ class RestoredRun:
 
     config: Config
     directory: RunDirectory
-    data: StreamData
+    corpus: Corpus
     tokenizer: Tokenizer | None
     task: Task
     model: torch.nn.Module
@@ -56,6 +56,5 @@ def restore_run(name: str, runs_dir: str = "runs", checkpoint: str = "latest") -
         for parameter, weights in reader.whole():
             parameters[parameter].data.copy_(weights)
     model = model.to(distributed.device(), DTYPES[config.precision]).eval()
-    return RestoredRun(
-        config, directory, build(config.data, "data"), tokenizer, make_task(config, tokenizer), model, found.state.step
-    )
+    corpus = make_corpus(config, build({**config.data, "stages": []}, "data"), tokenizer)
+    return RestoredRun(config, directory, corpus, tokenizer, make_task(config, tokenizer), model, found.state.step)

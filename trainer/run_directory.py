@@ -89,6 +89,10 @@ class RunDirectory:
             truncate_after(path, last_step)
         return JsonLines(folder / f"rank_{rank:05d}.jsonl", last_step)
 
+    def open_quarantine(self, last_step: int) -> JsonLines:
+        """The records that gave no sample, cut back to `last_step`."""
+        return JsonLines(self.path / "quarantine.jsonl", last_step)
+
     def status(self, state: str, step: int, reason: str, exit_code: int | None = None) -> None:
         """Say how the run stands: running, finished, preempted or failed. Replaced in one move."""
         partial = self.path / ".status.json"

@@ -24,6 +24,7 @@ import torch
 from trainer.build import build
 from trainer.composition import compose
 from trainer.config import to_config
+from trainer.data.corpus import Stream
 from trainer.data.loader import Loader
 from trainer.guards.signals import StopRequest
 from trainer.loop import fit
@@ -92,7 +93,8 @@ def measure(words: list[str], pairs: int, steps: int) -> list[float]:
         dtype = next(training.engine.module.parameters()).dtype
         bare = BareLoop(training, lambda: build(config.model, "model"), dtype)
         loader = iter(training.loader)
-        same = iter(Loader(training.data, training.task, training.plan, 0, config.seed))
+        stream = Stream(training.corpus, config.seed, config.batch.global_size)
+        same = iter(Loader(stream, training.task, training.plan, 0))
         ratios = []
         for pair in range(pairs + 1):
             batches = [next(same).micro_batches for _ in range(steps + 1)][1:]

@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from trainer.data.corpus import Corpus
+from trainer.data.dataset import Dataset
 from trainer.data.sources import column
 from trainer.data.stream import StreamData
 from trainer.errors import ConfigError, DataError
@@ -54,7 +56,7 @@ def write_format(path: Path, form: str) -> None:
 def test_lines_of_every_format_and_compression_are_read_from_any_record(tmp_path: Path, form: str, suffix: str) -> None:
     path = tmp_path / f"pairs.{form}{suffix}"
     write_format(path, form)
-    source = StreamData(str(path)).source("train")
+    source = Dataset("data", str(path)).source("train")
     assert source.shards == [path.name]
     for offset in (0, 1, 49, 50, 99):
         assert list(source.open(0, offset)) == ROWS[offset:]
@@ -63,7 +65,7 @@ def test_lines_of_every_format_and_compression_are_read_from_any_record(tmp_path
 def test_parquet_is_read_from_any_record_and_earlier_row_groups_are_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     write_format(path, "parquet")
-    source = StreamData(str(path)).source("train")
+    source = Dataset("data", str(path)).source("train")
     for offset in (0, 6, 7, 8, 49, 50, 99):
         assert list(source.open(0, offset)) == ROWS[offset:]
     spoilt = bytearray(path.read_bytes())
@@ -81,7 +83,7 @@ def test_parquet_lists_of_numbers_come_as_arrays(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"pixels": [[1.0, 2.0], [3.0]], "words": [["a"], []], "label": [3, None]}), tmp_path / "x.parquet"
     )
-    first, second = StreamData(str(tmp_path / "x.parquet")).records("train")
+    (_, first), (_, second) = Dataset("data", str(tmp_path / "x.parquet")).records("train")
     assert isinstance(first["pixels"], np.ndarray) and first["pixels"].tolist() == [1.0, 2.0]
     assert second["pixels"].tolist() == [3.0] and (first["words"], second["words"]) == (["a"], [])
     assert (first["label"], second["label"]) == (3, None)
@@ -89,7 +91,7 @@ def test_parquet_lists_of_numbers_come_as_arrays(tmp_path: Path) -> None:
 
 def test_text_lines_are_a_column_and_blank_lines_are_no_records(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbfone\r\n\n two \n   \nthree")
-    assert [record["text"] for record in StreamData(str(tmp_path / "book.txt")).records("train")] == [
+    assert [record["text"] for _, record in Dataset("data", str(tmp_path / "book.txt")).records("train")] == [
         "one",
         " two ",
         "three",
@@ -98,11 +100,11 @@ def test_text_lines_are_a_column_and_blank_lines_are_no_records(tmp_path: Path) 
 
 def test_rows_that_cannot_be_parsed_are_bad_records_that_name_their_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"x": 1}\n\n[2]\n{"x": \n{"x": "\xff"}\n{"x": 5}\n')
-    _, *bad, last = StreamData(str(tmp_path / "a.jsonl")).source("train").open(0, 0)
+    _, *bad, last = Dataset("data", str(tmp_path / "a.jsonl")).source("train").open(0, 0)
     assert [record.reason.split(" is ")[0] for record in bad] == ["line 3", "line 4", "line 5"]
     assert last == {"x": 5}
     (tmp_path / "b.csv").write_bytes(b'x,y\n1,"a\nb"\n2\n3,\xff\n4,d\n')
-    first, *bad, last = StreamData(str(tmp_path / "b.csv")).source("train").open(0, 0)
+    first, *bad, last = Dataset("data", str(tmp_path / "b.csv")).source("train").open(0, 0)
     assert [record.reason for record in bad] == ["line 4 has 1 fields, the header 2", "line 5 is not UTF-8"]
     assert first == {"x": "1", "y": "a\nb"} and last == {"x": "4", "y": "d"}
 
@@ -111,10 +113,10 @@ def test_frames_of_zstandard_are_all_read_and_a_cut_is_noticed(tmp_path: Path) -
     path = tmp_path / "pairs.jsonl.zst"
     frames = zstandard.compress(json_lines(ROWS[:20])) + zstandard.compress(json_lines(ROWS[20:]))
     path.write_bytes(frames)
-    assert list(StreamData(str(path)).records("train")) == ROWS
+    assert [record for _, record in Dataset("data", str(path)).records("train")] == ROWS
     path.write_bytes(frames[:-20])
     with pytest.raises(DataError, match=r"pairs.jsonl.zst: cannot be read at record"):
-        list(StreamData(str(path)).records("train"))
+        list(Dataset("data", str(path)).records("train"))
 
 
 def test_a_folder_holds_splits_by_name_or_glob(tmp_path: Path) -> None:
@@ -122,26 +124,26 @@ def test_a_folder_holds_splits_by_name_or_glob(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(gzip.compress(json_lines()) if name.endswith("gz") else json_lines())
     (tmp_path / "train.md").write_text("no data")
-    data = StreamData(str(tmp_path), validation="valid")
+    data = Dataset("data", str(tmp_path), validation="valid")
     assert data.source("train").shards == ["train-0.jsonl", "train-1.jsonl"]
     assert data.source("test").shards == ["test.jsonl.gz"]
     assert data.source("validation").shards == ["valid/part.jsonl"]
-    assert StreamData(str(tmp_path), train="*-1.jsonl").source("train").shards == ["train-1.jsonl"]
-    assert StreamData(str(tmp_path / "train-*.jsonl")).source("train").shards == ["train-0.jsonl", "train-1.jsonl"]
-    beside = StreamData(str(tmp_path / "train-0.jsonl"), validation=str(tmp_path / "test.jsonl.gz"))
+    assert Dataset("data", str(tmp_path), train="*-1.jsonl").source("train").shards == ["train-1.jsonl"]
+    assert Dataset("data", str(tmp_path / "train-*.jsonl")).source("train").shards == ["train-0.jsonl", "train-1.jsonl"]
+    beside = Dataset("data", str(tmp_path / "train-0.jsonl"), validation=str(tmp_path / "test.jsonl.gz"))
     assert beside.source("validation").shards == ["test.jsonl.gz"]
     with pytest.raises(
         DataError, match=r"no files for data.test=exam; it holds test.jsonl.gz, train-0.jsonl, train-1.jsonl, valid"
     ):
-        StreamData(str(tmp_path), test="exam").source("test")
+        Dataset("data", str(tmp_path), test="exam").source("test")
 
 
 def test_packaged_corpora_have_three_splits() -> None:
-    data = StreamData("corpora:homeassistant_en_de")
+    data = Dataset("data", "corpora:homeassistant_en_de")
     for split in ("train", "validation", "test"):
         data.check(split, ["en", "de"])
     with pytest.raises(DataError, match=r"corpora:nothing: no such packaged corpus; there are .*homeassistant_en_de"):
-        StreamData("corpora:nothing").source("train")
+        Dataset("data", "corpora:nothing").source("train")
 
 
 @pytest.fixture
@@ -160,9 +162,9 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 def test_a_url_is_a_path(tmp_path: Path, server: str) -> None:
     (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(json_lines()))
-    assert list(StreamData(f"{server}/pairs.jsonl.gz").records("train")) == ROWS
+    assert [record for _, record in Dataset("data", f"{server}/pairs.jsonl.gz").records("train")] == ROWS
     with pytest.raises(DataError, match="no such file"):
-        StreamData(f"{server}/other.jsonl.gz").source("train")
+        Dataset("data", f"{server}/other.jsonl.gz").source("train")
 
 
 def make_repository(folder: Path) -> None:
@@ -176,7 +178,7 @@ def make_repository(folder: Path) -> None:
 
 def test_a_hub_repository_is_streamed_and_cut_into_row_groups(tmp_path: Path) -> None:
     make_repository(tmp_path)
-    data = StreamData(str(tmp_path), name="pairs", lanes=4)
+    data = Dataset("data", str(tmp_path), name="pairs", min_shards=4)
     source = data.source("train")
     assert source.shards[0] == "train-00000-of-00010"
     for shard, offset in ((0, 0), (3, 2), (9, 4), (9, 5)):
@@ -188,9 +190,9 @@ def test_a_hub_repository_is_streamed_and_cut_into_row_groups(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"split validation.*train"):
         data.source("validation")
     with pytest.raises(DataError, match=r"data.name=other.*pairs"):
-        StreamData(str(tmp_path), name="other").source("train")
+        Dataset("data", str(tmp_path), name="other").source("train")
     with pytest.raises(DataError, match=r"data.path=no/such-set.*neither a local file or folder, nor a data set"):
-        StreamData("no/such-set").source("train")
+        Dataset("data", "no/such-set").source("train")
 
 
 def test_columns_may_be_nested() -> None:
@@ -204,7 +206,7 @@ def test_columns_may_be_nested() -> None:
 def refused(path: Path, content: bytes, **options: Any) -> str:
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        StreamData(str(path), **options).check("train", ["en"])
+        Dataset("data", str(path), **options).check("train", ["en"])
     return str(caught.value)
 
 
@@ -223,15 +225,15 @@ def test_files_that_are_not_what_their_names_say_are_refused(tmp_path: Path) -> 
 def test_missing_and_empty_data_is_refused_with_what_there_is(tmp_path: Path) -> None:
     assert "split train: empty (a.jsonl)" in refused(tmp_path / "a.jsonl", b"\n\n")
     with pytest.raises(DataError, match=r"missing.jsonl: no such file. .* holds a.jsonl"):
-        StreamData(str(tmp_path / "missing.jsonl")).source("train")
+        Dataset("data", str(tmp_path / "missing.jsonl")).source("train")
     with pytest.raises(DataError, match=r"no such file. .* holds a.jsonl"):
-        StreamData(str(tmp_path / "no" / "such" / "folder" / "*.jsonl")).source("train")
+        Dataset("data", str(tmp_path / "no" / "such" / "folder" / "*.jsonl")).source("train")
     with pytest.raises(DataError, match=r"has the split train alone. Set data.test to a file, or to null"):
-        StreamData(str(tmp_path / "a.jsonl")).source("test")
+        Dataset("data", str(tmp_path / "a.jsonl")).source("test")
     with pytest.raises(DataError, match=r"data.test is null"):
-        StreamData(str(tmp_path / "a.jsonl"), test=None).source("test")
+        Dataset("data", str(tmp_path / "a.jsonl"), test=None).source("test")
     with pytest.raises(DataError, match=r"no split exam; the splits are train, validation, test"):
-        StreamData(str(tmp_path / "a.jsonl")).source("exam")
+        Dataset("data", str(tmp_path / "a.jsonl")).source("exam")
 
 
 def test_options_that_cannot_be_are_all_reported() -> None:
@@ -242,6 +244,9 @@ def test_options_that_cannot_be_are_all_reported() -> None:
 
 class EvenTask:
     """Takes the records whose number is even."""
+
+    def pieces(self, sample: Encoded) -> list[Encoded]:
+        return [sample]
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
         return [
@@ -255,8 +260,8 @@ def test_evaluation_takes_the_first_usable_records_each_once(
     tmp_path: Path, world_size: int, max_samples: int | None
 ) -> None:
     (tmp_path / "test.jsonl").write_bytes(json_lines([{"n": number} for number in range(2000)]))
-    data = StreamData(str(tmp_path))
-    ranks = [data.evaluation_samples("test", EvenTask(), rank, world_size, max_samples) for rank in range(world_size)]
+    corpus = Corpus(StreamData(str(tmp_path)), {"": EvenTask()})
+    ranks = [corpus.evaluation_samples("test", rank, world_size, max_samples) for rank in range(world_size)]
     assert all(sample.index % world_size == rank for rank, samples in enumerate(ranks) for sample in samples)
     everything = sorted((sample.index, sample.record["n"]) for samples in ranks for sample in samples)
     assert everything == [(index, 2 * index) for index in range(min(max_samples or 1000, 1000))]

@@ -41,6 +41,7 @@ def make_step() -> MakeStep:
             mfu=None,
             memory_bytes=10**9,
             skipped_steps=skipped_steps,
+            data={"bad_record": 2},
         )
 
     return make

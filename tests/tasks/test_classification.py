@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.errors import ConfigError
-from trainer.tasks import BadRecord, Encoded, GeneratesText
+from trainer.tasks import BadRecord, Encoded, GeneratesText, PacksRows
 from trainer.tasks.classification import Classification
 
 
@@ -37,6 +37,13 @@ def test_loss_and_accuracy_count_samples() -> None:
     torch.testing.assert_close(sums.nll, expected)
     assert task.headline() == ("eval/accuracy", "max")
     assert not isinstance(task, GeneratesText)
+
+
+def test_a_sample_is_its_only_piece_and_shares_no_row() -> None:
+    task = Classification("x", "y", 3)
+    (sample,) = encoded(task, {"x": [1.0], "y": 0})
+    assert task.pieces(sample) == [sample]
+    assert not isinstance(task, PacksRows)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer.errors import ConfigError
-from trainer.tasks import IGNORE, BadRecord, Encoded, ScoresText
+from trainer.tasks import IGNORE, BadRecord, Encoded, PacksRows, ScoresText
 from trainer.tasks.translation import Translation
 
 
@@ -40,6 +40,32 @@ def test_collate_shifts_the_target_and_marks_padding(task: Translation) -> None:
     assert batch["labels"].tolist() == [[102, 2, IGNORE, IGNORE], [102, 103, 104, 2]]
     assert task.num_positions(batch) == (6 + 8, 1 + 2)
     assert task.flops_per_sample_lengths(batch) == {"source_length": 3, "target_length": 4}
+
+
+def test_rows_hold_samples_one_after_the_other_on_both_sides(task: Translation) -> None:
+    assert isinstance(task, PacksRows)
+    one, two, three = encoded(task, record("ab", "c"), record("a", "cde"), record("abc", "d"))
+    assert [task.sides(sample) for sample in (one, two, three)] == [(3, 2), (2, 4), (4, 2)]
+    batch = task.collate_rows([[one, two], [three]], (5, 7))
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "source_ids": [[100, 101, 2, 100, 2], [100, 101, 102, 2, 0]],
+        "source_mask": [[True] * 5, [True] * 4 + [False]],
+        "source_segment_ids": [[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]],
+        "source_position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]],
+        "decoder_input_ids": [[1, 102, 1, 102, 103, 104, 0], [1, 103, 0, 0, 0, 0, 0]],
+        "labels": [[102, 2, 102, 103, 104, 2, IGNORE], [103, 2] + [IGNORE] * 5],
+        "target_segment_ids": [[1, 1, 2, 2, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0]],
+        "target_position_ids": [[0, 1, 0, 1, 2, 3, 0], [0, 1, 0, 0, 0, 0, 0]],
+    }
+    plain = task.collate([one])
+    assert {name: batch[name].dtype for name in plain} == {name: tensor.dtype for name, tensor in plain.items()}
+    assert task.num_positions(batch) == (10 + 14, 1 + 6)
+    assert task.flops_per_sample_lengths(batch) == {"source_length": 5, "target_length": 7}
+
+
+def test_a_sample_is_its_only_piece(task: Translation) -> None:
+    (sample,) = encoded(task, record("ab", "c"))
+    assert task.pieces(sample) == [sample]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +141,7 @@ def test_chinese_is_tokenized_by_character_when_asked(tokenizer: Any) -> None:
     ("option", "message"),
     [
         ({"overlong": "cut"}, "task.overlong=cut"),
+        ({"overlong": "split"}, "task.overlong=split"),
         ({"label_smoothing": 1.5}, "task.label_smoothing=1.5"),
         ({"max_source_length": 1}, "task.max_source_length=1"),
         ({"bleu_tokenize": "13b"}, "task.bleu_tokenize=13b"),

@@ -1,220 +1,203 @@
-"""Sources made of files: JSON lines, CSV, TSV, text and Parquet, local or by URL, compressed or not."""
+"""Sources made of files: JSON lines, CSV, TSV, text, Parquet, Arrow and tar, local or by URL, compressed or not.
+
+Few files still make many shards: they are cut into parts, which are a function of the files and `min_shards` alone.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import lzma
-import zlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice, pairwise
-from typing import IO, TYPE_CHECKING, Any
+from functools import partial
 
-import fsspec
-
+from trainer.data.formats import COMPRESSIONS, FAULTS, FORMATS, Part, file_format, num_arrow_batches, read_part
+from trainer.data.remote import Retries, filesystem, has_ranges, is_remote, open_file, redacted, retrying
 from trainer.errors import DataError
 from trainer.tasks import BadRecord, Record
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+__all__ = ["COMPRESSIONS", "FORMATS", "FileSource", "file_format"]
 
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".txt": "text",
-    ".text": "text",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
-"""Format by suffix; a suffix of COMPRESSIONS may follow it."""
+SMALLEST, LARGEST = 1 << 20, 16 << 20
+"""Bytes of a part of a file of lines; a resume scans no more than the largest, and cutting finer gains nothing."""
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-
-_MAGIC = {
-    "gzip": b"\x1f\x8b",
-    "zstd": b"\x28\xb5\x2f\xfd",
-    "bz2": b"BZh",
-    "xz": b"\xfd7zXZ\x00",
-    "parquet": b"PAR1",
-}
-
-_UTF8_MARK = b"\xef\xbb\xbf"
-
-csv.field_size_limit(1 << 30)
-
-
-def file_format(path: str) -> tuple[str | None, str | None]:
-    """(format, compression) by the suffixes of `path`; None where there is none or it is unknown."""
-    name = path.rsplit("/", 1)[-1].split("?", 1)[0].lower()
-    compression = next((kind for suffix, kind in COMPRESSIONS.items() if name.endswith(suffix)), None)
-    if compression:
-        name = name.rsplit(".", 1)[0]
-    return next((kind for suffix, kind in FORMATS.items() if name.endswith(suffix)), None), compression
+_CUT = ("jsonl", "text", "parquet", "arrow")
 
 
 class FileSource:
-    """Files as shards."""
+    """Files, or parts of them, as shards."""
 
-    def __init__(self, paths: Sequence[str], names: Sequence[str], form: str | None = None) -> None:
-        """`paths`: what fsspec opens; `names`: what people see; `form`: a value of FORMATS, None = by suffix."""
-        self._paths = list(paths)
-        self._names = list(names)
+    def __init__(
+        self,
+        paths: Sequence[str],
+        names: Sequence[str],
+        form: str | None = None,
+        min_shards: int = 1,
+        retries: Retries | None = None,
+    ) -> None:
+        """Files fewer than `min_shards` are cut into parts where that can be.
+
+        paths: what fsspec opens; names: what people see; form: a value of FORMATS, None = by suffix; retries: how long
+        faults of servers are waited out, None = as `set_retries` says. Raises DataError where a server cannot be asked.
+        """
         self._form = form
+        self._retries = retries
+        self._parts, self._uncut = _cut_files(paths, names, form, min_shards, retries)
+        self._names = [part.name for part in self._parts]
 
     @property
     def shards(self) -> Sequence[str]:
-        """Names of the files."""
+        """Names of the files; of a part, with `@` and where it begins (`x.jsonl@1048576`, `x.parquet@row_group_3`)."""
         return self._names
+
+    @property
+    def uncut(self) -> str | None:
+        """Why there are fewer shards than asked for, naming the first large file that stays whole; None if not so."""
+        return self._uncut
 
     def open(self, shard_index: int, offset: int) -> Iterator[Record | BadRecord]:
         """See `trainer.data.sources.Source`."""
-        path, name = self._paths[shard_index], self._names[shard_index]
-        kind, compression = file_format(path)
-        form = self._form or kind
+        part = self._parts[shard_index]
+        form = self._form or file_format(part.path)[0]
         if form is None:
             raise DataError(
-                f"{path}: no format is known for this suffix; known are {' '.join(FORMATS)}, also with"
+                f"{redacted(part.path)}: no format is known for this suffix; known are {' '.join(FORMATS)}, also with"
                 f" {' '.join(COMPRESSIONS)}. Set data.format={'|'.join(dict.fromkeys(FORMATS.values()))}."
             )
         count = offset
         try:
-            with fsspec.open(path, "rb") as raw:
-                _check_magic(raw, path, form, compression)
-            if form == "parquet":
-                rows: Iterator[Record | BadRecord] = _parquet(path, offset)
-            else:
-                rows = _lines(path, form, compression, offset)
-            for row in rows:
-                yield row
-                count += 1
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            with open_file(part.path, self._retries) as file:
+                for row in read_part(file, part, form, offset, local=not is_remote(part.path)):
+                    yield row
+                    count += 1
+        except FAULTS as error:
+            words = str(error) or type(error).__name__
             raise DataError(
-                f"{name}: cannot be read at record {count}: {error or type(error).__name__} ({path})"
+                f"{part.name}: cannot be read at record {count}: {words} ({redacted(part.path)})"
             ) from error
 
 
-def _check_magic(raw: IO[bytes], path: str, form: str, compression: str | None) -> None:
-    """Raise DataError where the first bytes contradict the name or the format."""
-    head = raw.read(8)
-    found = next((kind for kind, magic in _MAGIC.items() if head.startswith(magic)), None)
-    expected = "parquet" if form == "parquet" else compression
-    if found != expected and (head or form == "parquet"):
-        looks = f"is {found}" if found else f"is not {expected}: it begins with {head!r}"
-        raise DataError(
-            f"{path}: the file {looks}, which is not what its name or data.format says. Rename or replace it."
-        )
+def _cut_files(
+    paths: Sequence[str], names: Sequence[str], form: str | None, min_shards: int, retries: Retries | None
+) -> tuple[list[Part], str | None]:
+    """(parts in the order of the files, what kept the parts fewer than `min_shards`).
 
-
-def _lines(path: str, form: str, compression: str | None, offset: int) -> Iterator[Record | BadRecord]:
-    """Records of a file of lines, from record `offset` on."""
-    with _decompressed(path, compression) as file:
-        if form in ("csv", "tsv"):
-            yield from _table(file, "\t" if form == "tsv" else ",", offset)
-            return
-        parse = _json if form == "jsonl" else _text
-        numbered = ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
-        for number, line in islice(numbered, offset, None):
-            yield parse(number, line.removeprefix(_UTF8_MARK) if number == 1 else line)
-
-
-@contextmanager
-def _decompressed(path: str, compression: str | None) -> Iterator[IO[bytes]]:
-    """A file open for reading, decompressed."""
-    if compression != "zstd":
-        with fsspec.open(path, "rb", compression=compression) as file:
-            yield file
-        return
-    import pyarrow as pa
-
-    # pyarrow reads all frames of a file and reports one cut short; zstandard's reader stops in silence at both
-    with fsspec.open(path, "rb") as raw, pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd") as stream:
-        yield io.BufferedReader(stream, 1 << 20)
-
-
-def _json(number: int, line: bytes) -> Record | BadRecord:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        return BadRecord(f"line {number} is not JSON: {error}")
-    if not isinstance(record, dict):
-        return BadRecord(f"line {number} is a JSON {type(record).__name__}, not an object")
-    return record
-
-
-def _text(number: int, line: bytes) -> Record | BadRecord:
-    try:
-        return {"text": line.decode().rstrip("\r\n")}
-    except UnicodeDecodeError as error:
-        return BadRecord(f"line {number} is not UTF-8: {error}")
-
-
-def _table(file: IO[bytes], delimiter: str, offset: int) -> Iterator[Record | BadRecord]:
-    """Rows of a table with a header; in TSV a quotation mark is a character like any other."""
-    with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        if delimiter == "\t":
-            rows = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    With at least `min_shards` files, only lines longer than LARGEST are cut, where sizes are to be had without asking
+    for every file. With fewer, sizes and footers are read. Raises DataError where a server does not let them.
+    """
+    few = len(paths) < min_shards
+    kinds = [form or file_format(path)[0] for path in paths]
+    candidates = [
+        path for path, kind in zip(paths, kinds, strict=True) if few or (kind in ("jsonl", "text") and _is_plain(path))
+    ]
+    sizes = _sizes(candidates, few, retries)
+    step = min(max(sum(sizes.values()) // min_shards, SMALLEST), LARGEST) if few else LARGEST
+    parts: list[Part] = []
+    reasons: list[str] = []
+    for path, name, kind in zip(paths, names, kinds, strict=True):
+        size = sizes.get(path)
+        reason = _uncut_because(path, kind, retries) if size is not None and size > step else None
+        if size is None or reason or (kind != "parquet" and size <= step):
+            cuts = [Part(path, name)]
+        elif kind == "parquet":
+            cuts = list(_row_groups(path, name, retries))
+        elif kind == "arrow":
+            cuts = list(_record_batches(path, name, size, step))
         else:
-            rows = csv.reader(text, delimiter=delimiter)
-        header = next(rows, [])
-        for row in islice((row for row in rows if row), offset, None):
-            if len(row) != len(header):
-                yield BadRecord(f"line {rows.line_num} has {len(row)} fields, the header {len(header)}")
-            elif not _is_text(row):
-                yield BadRecord(f"line {rows.line_num} is not UTF-8")
-            else:
-                yield dict(zip(header, row, strict=True))
+            cuts = [Part(path, f"{name}@{begin}", begin, min(begin + step, size)) for begin in range(0, size, step)]
+        parts += cuts
+        if size is not None and len(cuts) * step < size:
+            pieces = "row group" if kind == "parquet" else "record batch"
+            reasons.append(f"{name} {reason or f'has no finer pieces than its {pieces}s'}")
+    return parts, reasons[0] if reasons and len(parts) < min_shards else None
 
 
-def _is_text(row: list[str]) -> bool:
-    try:
-        "".join(row).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _is_plain(path: str) -> bool:
+    return file_format(path)[1] is None and "::" not in path
 
 
-def _parquet(path: str, offset: int) -> Iterator[Record]:
-    """Rows of a Parquet file; row groups before `offset` are not read."""
+def _uncut_because(path: str, kind: str | None, retries: Retries | None) -> str | None:
+    """Why a file stays whole, to be read after its name; None where it can be cut."""
+    if file_format(path)[1]:
+        return "is compressed, so it cannot be split"
+    if kind not in _CUT:
+        what = {"csv": "CSV", "tsv": "TSV", "tar": "a tar archive"}.get(kind or "", "of no known format")
+        return f"is {what}, which cannot be split"
+    if "::" in path:
+        return "lies inside another file or cache, so it cannot be split"
+    if kind == "arrow" and is_remote(path):
+        return "is an Arrow file on a server, which is not split"
+    with _naming(path):
+        if path.startswith("http") and not has_ranges(path, retries):
+            return "comes from a server that cannot send a part of a file, so it cannot be split"
+    return None
+
+
+def _sizes(paths: Sequence[str], few: bool, retries: Retries | None) -> dict[str, int]:
+    """Bytes of the files; those that are missing or of unknown size are left out. One listing for many on a server."""
+    sizes: dict[str, int | None] = {}
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        if is_remote(path):
+            folders.setdefault(path.rsplit("/", 1)[0], []).append(path)
+        else:
+            sizes[path] = os.path.getsize(path) if os.path.isfile(path) else None
+    for folder, inside in folders.items():
+        if few:
+            sizes |= {path: _size(path, retries) for path in inside}
+        elif not folder.startswith("http"):  # a page of links tells no sizes
+            found, name = filesystem(folder, retries)
+            with _naming(folder):
+                entries = retrying(partial(found.ls, name, detail=True), folder, retries)
+            listed = {entry["name"]: entry.get("size") for entry in entries}
+            sizes |= {path: listed.get(found._strip_protocol(path)) for path in inside}
+    return {path: size for path, size in sizes.items() if size is not None}
+
+
+def _size(path: str, retries: Retries | None) -> int | None:
+    found, name = filesystem(path, retries)
+    with _naming(path):
+        try:
+            size: int | None = retrying(lambda: found.info(name).get("size"), path, retries)
+        except FileNotFoundError:  # told when it is opened
+            return None
+    return size
+
+
+def _row_groups(path: str, name: str, retries: Retries | None) -> list[Part]:
+    """A part for each row group; the whole file where there are not two, or where it is damaged (opening it tells)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with fsspec.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
-            first = 0
-            while first < parquet.num_row_groups and offset >= parquet.metadata.row_group(first).num_rows:
-                offset -= parquet.metadata.row_group(first).num_rows
-                first += 1
-            if first == parquet.num_row_groups:
-                return
-            for batch in parquet.iter_batches(1024, row_groups=range(first, parquet.num_row_groups)):
-                if offset >= batch.num_rows:
-                    offset -= batch.num_rows
-                    continue
-                yield from _rows(batch.slice(offset))
-                offset = 0
-    except pa.ArrowException as error:
-        raise OSError(str(error)) from error
+    with _naming(path):
+        try:
+            with open_file(path, retries) as file:
+                footer = pq.read_metadata(file)
+        except pa.ArrowException:
+            return [Part(path, name)]
+    if footer.num_row_groups < 2:
+        return [Part(path, name)]
+    return [Part(path, f"{name}@row_group_{index}", index, index + 1, footer) for index in range(footer.num_row_groups)]
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[Record]:
-    """Rows as Python values; lists of numbers as numpy views of the batch."""
+def _record_batches(path: str, name: str, size: int, step: int) -> list[Part]:
+    """Parts of about `step` bytes; the whole file as for row groups."""
     import pyarrow as pa
 
-    def values(array: pa.Array) -> Sequence[Any]:
-        kind = array.type
-        if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and not array.null_count:
-            item, flat = kind.value_type, array.values
-            if (pa.types.is_integer(item) or pa.types.is_floating(item)) and not flat.null_count:
-                numbers, bounds = flat.to_numpy(zero_copy_only=False), array.offsets.to_pylist()
-                return [numbers[begin:end] for begin, end in pairwise(bounds)]
-        listed: list[Any] = array.to_pylist()
-        return listed
+    with _naming(path):
+        try:
+            count = num_arrow_batches(path)
+        except pa.ArrowException:
+            return [Part(path, name)]
+    every = max(1, count * step // size)
+    if every >= count:
+        return [Part(path, name)]
+    return [Part(path, f"{name}@batch_{begin}", begin, min(begin + every, count)) for begin in range(0, count, every)]
 
-    names = batch.schema.names
-    for row in zip(*map(values, batch.columns), strict=True):
-        yield dict(zip(names, row, strict=True))
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Faults as a DataError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{redacted(path)}: cannot be read: {error}") from error

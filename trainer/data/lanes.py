@@ -1,4 +1,4 @@
-"""Lanes: cursors that read a source block by block, encode each block and emit it in its order.
+"""Lanes: cursors that draw records block by block, put each block in its order and emit it row by row.
 
 A lane's place is a `Position` (where its block begins) and a turn; nothing else need be saved, and reading on from it
 costs one block, wherever it is.
@@ -6,292 +6,298 @@ costs one block, wherever it is.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import truediv
+from typing import Any, Self
 
 import numpy as np
 
+from trainer.data.mixture import Mixture
 from trainer.data.order import Order
-from trainer.data.sources import Source
-from trainer.errors import DataError
-from trainer.tasks import BadRecord, Encoded, Record, Task
-
-_log = logging.getLogger(__name__)
-
-_MAX_EMPTY_EPOCHS = 100
-"""Epochs in a row that may give a lane nothing (its shards happened to be empty) before it is an error."""
-
-_MIN_RECORDS = 1000
-"""Bad records are compared with a fraction of at least so many, lest one bad record end a run that has just begun."""
+from trainer.data.packing import pack
+from trainer.data.reader import Place, RecordReader, Rejected, Sample
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where a block begins.
 
-    epoch, block: counts from 0, `block` within the epoch; shard: place in the epoch's order of shards; offset: record
-    in that shard; first: turn of the block's first sample; done: samples of this epoch before the block; last: samples
-    of the epoch before (0: unknown), by which progress within an epoch is told.
+    places: in each source; credits: of each source in the mixture (see `Mixture`); block: counted from 0, within the
+    epoch where there is one source; first: turn of the block's first row; done: rows of this epoch before the block;
+    last: rows of the epoch before (0: unknown), by which progress within an epoch is told; counts: records that were
+    rejected or changed before the block, by stage.
     """
 
-    epoch: int = 0
+    places: tuple[Place, ...]
+    credits: tuple[float, ...]
     block: int = 0
-    shard: int = 0
-    offset: int = 0
     first: int = 0
     done: int = 0
     last: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Of the only source; 0 in a mixture, whose sources have epochs of their own."""
+        return self.places[0][0] if len(self.places) == 1 else 0
+
+    def to_state(self) -> dict[str, Any]:
+        """JSON-able; `from_state` reads it back to the last bit."""
+        return {
+            "places": [list(place) for place in self.places],
+            "credits": list(self.credits),
+            "block": self.block,
+            "first": self.first,
+            "done": self.done,
+            "last": self.last,
+            "counts": dict(self.counts),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The position that `to_state` wrote."""
+        places = tuple((epoch, shard, offset) for epoch, shard, offset in state["places"])
+        return cls(**{**state, "places": places, "credits": tuple(state["credits"])})
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """An encoded record and where it came from. `lengths`: sort key of bucketing."""
+class Row:
+    """What a lane emits in a turn: one sample, or those that share a packed row. `lengths`: see `Sample`."""
 
-    shard: int
-    offset: int
-    encoded: Encoded
+    samples: tuple[Sample, ...]
     lengths: tuple[int, ...]
 
 
-Row = tuple[int, int, Record | BadRecord]
-"""Shard index, offset in it, and what is there."""
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What all lanes of a stream go by.
 
+    max_epochs: passes over each source, None = any number; row_lengths: of packed rows on each side, None = no packing.
+    """
 
-class ShardSequence:
-    """The shards of an epoch, one after the other, readable from any place; the last place is kept open."""
+    order: Order
+    mixture: Mixture
+    max_epochs: Sequence[float | None]
+    row_lengths: tuple[int, ...] | None
 
-    def __init__(self, source: Source, order: Callable[[int], Sequence[int]]) -> None:
-        """`order`: epoch -> indices of the shards to read."""
-        self._source = source
-        self._order = order
-        self._next: tuple[int, int, int] | None = None
-        self._rows: Iterator[Record | BadRecord] = iter(())
+    def active(self, places: Sequence[Place]) -> list[bool]:
+        """Which sources still have records for a lane at `places`."""
+        return [limit is None or place[0] < limit for place, limit in zip(places, self.max_epochs, strict=True)]
 
-    def num_shards(self, epoch: int) -> int:
-        """Shards of an epoch."""
-        return len(self._order(epoch))
-
-    def take(self, epoch: int, shard: int, offset: int, count: int) -> tuple[list[Row], int, int, int]:
-        """Up to `count` rows from a place on, and the place behind them; fewer only at the end of the epoch."""
-        order = self._order(epoch)
-        rows: list[Row] = []
-        while len(rows) < count and shard < len(order):
-            index = order[shard]
-            try:
-                if self._next != (epoch, shard, offset):
-                    self._rows = self._source.open(index, offset)
-                for record in self._rows:
-                    rows.append((index, offset, record))
-                    offset += 1
-                    if len(rows) == count:
-                        break
-                else:
-                    shard, offset = shard + 1, 0
-                    self._next = None
-                    continue
-            except Exception as error:
-                self._next = None
-                error.add_note(f"while reading {self._source.shards[index]} at record {offset}")
-                raise
-        self._next = (epoch, shard, offset)
-        if shard == len(order):
-            epoch, shard, offset, self._next = epoch + 1, 0, 0, None
-        return rows, epoch, shard, offset
-
-
-class Encoder:
-    """Rows to samples. Bad ones are skipped and counted; more than `max_bad_fraction` of them is an error."""
-
-    def __init__(self, source: Source, task: Task, max_bad_fraction: float) -> None:
-        self._source = source
-        self._task = task
-        self._max_bad_fraction = max_bad_fraction
-        self.num_records = 0
-        self.num_bad = 0
-        self._first_bad = ""
-
-    def encode(self, rows: Sequence[Row]) -> list[Sample]:
-        """Encode rows in one call of the task. Raises DataError naming the first bad one when there are too many."""
-        records = [record for _, _, record in rows if not isinstance(record, BadRecord)]
-        try:
-            results = self._task.encode(records) if records else []
-        except Exception as error:
-            begin, end = rows[0], rows[-1]
-            names = self._source.shards
-            error.add_note(
-                f"while encoding {names[begin[0]]} from record {begin[1]} to {names[end[0]]} record {end[1]}"
-            )
-            raise
-        assert len(results) == len(records), "a task gives one result per record"
-        remaining = iter(results)
-        samples: list[Sample] = []
-        for shard, offset, record in rows:
-            result = record if isinstance(record, BadRecord) else next(remaining)
-            if isinstance(result, BadRecord):
-                self._reject(f"{self._source.shards[shard]}:{offset}", result.reason)
-            else:
-                lengths = (result.length, *(len(array) if array.ndim else 1 for array in result.fields.values()))
-                samples.append(Sample(shard, offset, result, lengths))
-        self.num_records += len(rows)
-        if self.num_bad > self._max_bad_fraction * max(self.num_records, _MIN_RECORDS):
-            raise DataError(
-                f"{self.num_bad} of the first {self.num_records} records cannot be used, more than"
-                f" data.max_bad_fraction={self._max_bad_fraction}; the first is {self._first_bad}."
-                " Mend the data, or raise data.max_bad_fraction."
-            )
-        return samples
-
-    def _reject(self, place: str, reason: str) -> None:
-        if not self.num_bad:
-            self._first_bad = f"{place}: {reason}"
-            _log.warning("skipped the bad record %s: %s (further ones are counted, not shown)", place, reason)
-        self.num_bad += 1
+    def finished(self, position: Position) -> bool:
+        """Whether a lane at `position` has nothing more to give."""
+        active = self.active(position.places)
+        stopped = any(end == "stop" and not there for end, there in zip(self.mixture.at_ends, active, strict=True))
+        return stopped or not any(active)
 
 
 class BlockReader:
-    """Reads and encodes blocks in parts, so that the next block can be prepared while the present one is emitted."""
+    """Reads blocks in parts, so that the next block can be prepared while the present one is emitted."""
 
-    def __init__(
-        self, sequence: ShardSequence, encoder: Encoder, block: int, part: int, same_every_epoch: bool
-    ) -> None:
-        """`block`, `part`: records; `same_every_epoch`: an epoch that fits one block is encoded once and kept."""
-        self._sequence = sequence
-        self._encoder = encoder
-        self._block = block
-        self._part = part
-        self._same_every_epoch = same_every_epoch
+    def __init__(self, readers: Sequence[RecordReader], rules: Rules, index: int, stride: int) -> None:
+        """`index`, `stride`: see `Lane`."""
+        self._readers = readers
+        self._rules = rules
+        self._index = index
+        self._stride = stride
+        self._block = rules.order.block * rules.order.lanes // stride
         self._whole_epoch: list[Sample] | None = None
 
     def begin(self, position: Position) -> None:
         """Read the block at `position` next."""
         self._position = position
+        self._places = list(position.places)
+        self._credits = position.credits
         self._samples: list[Sample] = []
-        self._num_read = 0
-        self._place = (position.epoch, position.shard, position.offset)
-        if self._whole_epoch is not None and position.block == 0:
+        self._rejected: list[Rejected] = []
+        self._changed: Counter[str] = Counter()
+        self._num_drawn = 0
+        self._fill = 0.0
+        self._phase = self._rules.mixture.phase(self._step(0.0))
+        self._complete = self._rules.finished(position)
+        if self._whole_epoch is not None and position.block == 0 and not self._complete:
             self._samples = self._whole_epoch
-            self._place = (position.epoch + 1, 0, 0)
+            self._places = [(position.epoch + 1, 0, 0)]
+            self._complete = True
+        else:
+            for reader, place in zip(self._readers, self._places, strict=True):
+                reader.seek(place)
 
     @property
     def share(self) -> float:
         """How much of the block is read, 0 to 1."""
-        return 1.0 if self._place[0] > self._position.epoch else self._num_read / self._block
+        return 1.0 if self._complete else self._num_drawn / self._block
 
-    def read_part(self) -> None:
-        """Read and encode the next part of the block."""
-        rows, *place = self._sequence.take(*self._place, min(self._part, self._block - self._num_read))
-        self._place = (place[0], place[1], place[2])
-        self._num_read += len(rows)
-        self._samples += self._encoder.encode(rows)
+    def read_part(self, count: int) -> None:
+        """Draw `count` more records, or fewer where the block is complete before."""
+        for _ in range(count):
+            if self._complete:
+                return
+            self._draw()
 
-    def finish(self) -> tuple[list[Sample], Position]:
-        """The samples of the block, which is read to its end, and where the next one begins."""
-        while self.share < 1.0:
-            self.read_part()
-        begin, samples = self._position, self._samples
-        first, done = begin.first + len(samples), begin.done + len(samples)
-        epoch, shard, offset = self._place
-        if epoch == begin.epoch:
-            return samples, Position(epoch, begin.block + 1, shard, offset, first, done, begin.last)
-        if self._same_every_epoch and begin.block == 0:
-            self._whole_epoch = samples
-        return samples, Position(epoch, first=first, last=done)
+    def finish(self) -> tuple[list[Sample], list[Rejected], Position]:
+        """The samples of the block, read to its end, what was rejected, and where the next one begins.
+
+        That position's `first` and `done` are still this block's: they count rows, which the lane makes.
+        """
+        while not self._complete:
+            self._draw()
+        begin = self._position
+        counts = Counter(begin.counts)
+        counts.update(one.stage for one in self._rejected)
+        counts.update(self._changed)
+        following = replace(begin, places=tuple(self._places), credits=self._credits, counts=dict(counts))
+        if following.epoch == begin.epoch:
+            return self._samples, self._rejected, replace(following, block=begin.block + 1)
+        if self._stride == 1 and begin.block == 0 and self._samples:
+            self._whole_epoch = self._samples  # small enough to be encoded once and kept
+        return self._samples, self._rejected, replace(following, block=0)
+
+    def _draw(self) -> None:
+        mixture = self._rules.mixture
+        single = len(self._readers) == 1
+        active = self._rules.active(self._places)
+        if not single and mixture.phase(self._step(self._fill)) != self._phase and self._samples:
+            self._complete = True  # other weights hold from here on
+            return
+        source = 0 if single else mixture.choose(self._credits, active, self._phase)
+        epoch = self._places[source][0]
+        drawn = self._readers[source].draw()
+        self._places[source] = drawn.after
+        self._rejected += drawn.rejected
+        self._changed.update(drawn.changed)
+        if drawn.samples:
+            self._samples += drawn.samples
+            self._num_drawn += 1
+            if not single:
+                self._fill += sum(map(self._share_of_row, drawn.samples))
+                units = float(sum(sample.encoded.num_target_tokens for sample in drawn.samples))
+                units = units if mixture.by == "tokens" else 1.0
+                self._credits = mixture.charge(self._credits, active, self._phase, source, units)
+        elif drawn.after[0] > epoch:
+            self._complete = single or self._rules.finished(replace(self._position, places=tuple(self._places)))
+        self._complete = self._complete or self._num_drawn >= self._block
+
+    def _share_of_row(self, sample: Sample) -> float:
+        lengths = self._rules.row_lengths
+        return 1.0 if lengths is None else max(map(truediv, sample.sides, lengths))
+
+    def _step(self, fill: float) -> int:
+        """The optimizer step of the row behind `fill` rows of this block."""
+        place = (self._position.first + int(fill)) * self._stride + self._index
+        return place // self._rules.order.global_size
 
 
 class Lane:
-    """One stream of samples. Lane `index` of `stride` fills the places index, index + stride ... of the whole stream.
+    """One stream of rows. Lane `index` of `stride` fills the places index, index + stride ... of the whole stream.
 
     Its turns are counted from 0: turn t is place index + stride * t. Turns are asked for in ascending order.
     """
 
-    def __init__(
-        self,
-        index: int,
-        stride: int,
-        sequence: ShardSequence,
-        encoder: Encoder,
-        order: Order,
-        max_epochs: float | None,
-    ) -> None:
-        """`sequence` holds the lane's own shards: all of them where `stride` is 1 and the lane the whole stream."""
+    def __init__(self, index: int, stride: int, readers: Sequence[RecordReader], rules: Rules) -> None:
+        """`readers` read the lane's own shards: all of them where `stride` is 1 and the lane the whole stream."""
         self._index = index
         self._stride = stride
-        self._sequence = sequence
-        self._order = order
-        self._max_epochs = max_epochs
-        block = order.block * order.lanes // stride
-        self._reader = BlockReader(sequence, encoder, block, part=order.block, same_every_epoch=stride == 1)
-        self._empty_epochs = 0
-        self.seek(Position())
+        self._readers = readers
+        self._rules = rules
+        self._reader = BlockReader(readers, rules, index, stride)
+        self._rejected: list[Rejected] = []
+        self.seek(Position(((0, 0, 0),) * len(readers), rules.mixture.first_credits(index)), turn=0)
 
-    def seek(self, position: Position) -> None:
-        """Go on with the block at `position`."""
+    def seek(self, position: Position, turn: int) -> None:
+        """Go on with the block at `position`, of which the rows before `turn` have been emitted."""
         self._position = position
         self._following = position
-        self._samples: list[Sample] | None = None
+        self._rows: list[Row] | None = None
+        self._told = turn > position.first
         self._reader.begin(position)
 
-    def at(self, turn: int) -> Sample | None:
-        """The sample of a turn; None when the lane has finished its epochs. Reads on as far as it takes."""
-        while not self._finished_epochs(self._position):
-            if self._samples is None:
+    def at(self, turn: int) -> Row | None:
+        """The row of a turn; None when the lane has finished. Reads on as far as it takes."""
+        while not self._rules.finished(self._position):
+            if self._rows is None:
                 self._load()
-            elif turn - self._position.first < len(self._samples):
-                return self._samples[turn - self._position.first]
+            elif turn - self._position.first < len(self._rows):
+                return self._rows[turn - self._position.first]
             else:
-                self._position, self._samples = self._following, None
+                self._position, self._rows, self._told = self._following, None, False
         return None
+
+    def take_rejected(self) -> list[Rejected]:
+        """What was rejected in the blocks begun since the last call."""
+        rejected, self._rejected = self._rejected, []
+        return rejected
 
     def work_ahead(self, turn: int) -> None:
         """Read and encode a part of the next block when it is time: evenly over this block, one lane after another."""
-        if self._samples is None or self._finished_epochs(self._following):
+        if self._rows is None or self._rules.finished(self._following):
             return
-        share = (turn - self._position.first + 1) / len(self._samples)
-        if self._reader.share + self._index / self._order.lanes < share:
-            self._reader.read_part()
+        share = (turn - self._position.first + 1) / len(self._rows)
+        if self._reader.share + self._index / self._rules.order.lanes < share:
+            self._reader.read_part(self._rules.order.block)
 
-    def state(self, turn: int) -> dict[str, int]:
-        """Where turn `turn` is found again: the fields of a Position."""
-        passed = self._samples is not None and turn >= self._following.first
+    def state(self, turn: int) -> dict[str, Any]:
+        """Where turn `turn` is found again, for `Position.from_state`."""
+        passed = self._rows is not None and turn >= self._following.first
         position = self._following if passed else self._position
-        if self._finished_epochs(position):
+        if self._rules.finished(position):
             position = replace(position, first=max(position.first, turn))  # more epochs would begin at this turn
-        return asdict(position)
+        return position.to_state()
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Records rejected or changed so far, by stage, the present block's included."""
+        return self._position.counts if self._rows is None else self._following.counts
 
     def epochs(self, turn: int) -> float:
-        """Epochs done before turn `turn`; within the first, if its size is unknown, counted in whole shards."""
+        """Epochs done before turn `turn`: of the source that is furthest behind in a mixture."""
         begin = self._position
-        if self._finished_epochs(begin) or self._samples is None:
-            return float(begin.epoch)
-        ends = self._following.epoch > begin.epoch
-        size = begin.done + len(self._samples) if ends else begin.last
+        if len(self._readers) > 1 or self._rules.finished(begin) or self._rows is None:
+            return min(map(self._shards_done, range(len(self._readers))))
+        size = begin.done + len(self._rows) if self._following.epoch > begin.epoch else begin.last
         if not size:
-            return begin.epoch + begin.shard / self._sequence.num_shards(begin.epoch)
-        return begin.epoch + min(1.0, (begin.done + min(turn - begin.first, len(self._samples))) / size)
+            return self._shards_done(0)
+        return begin.epoch + min(1.0, (begin.done + min(turn - begin.first, len(self._rows))) / size)
+
+    def _shards_done(self, source: int) -> float:
+        """Epochs done in a source, counted in whole shards."""
+        epoch, shard, _ = self._position.places[source]
+        num_shards = self._readers[source].sequence.num_shards(epoch)
+        return epoch + shard / num_shards if num_shards else float(epoch)
 
     def _load(self) -> None:
         """Complete the block at hand and put it in order; the next one can then be begun."""
         begin = self._position
-        samples, self._following = self._reader.finish()
-        samples = sorted(
-            samples, key=lambda sample: (sample.shard, sample.offset)
-        )  # whatever this epoch's order of shards
-        turns = np.arange(begin.first, begin.first + len(samples), dtype=np.int64)
-        order = self._order.arrange(
-            (self._index, begin.epoch, begin.block),
-            turns * self._stride + self._index,
-            [sample.lengths for sample in samples],
-        )
-        self._samples = [samples[index] for index in order]
-        self._reader.begin(self._following)
-        if self._following.epoch > begin.epoch:
-            self._empty_epochs = 0 if self._following.last else self._empty_epochs + 1
-            if self._empty_epochs > _MAX_EMPTY_EPOCHS:
-                raise DataError(
-                    f"No usable record in {_MAX_EMPTY_EPOCHS} epochs of lane {self._index}: the source is empty, or too"
-                    " many of its shards are. Remove the empty shards, or lower data.lanes."
-                )
+        samples, rejected, following = self._reader.finish()
+        self._rows = self._arranged(sorted(samples, key=lambda sample: sample.key))  # whatever the order of shards was
+        if not self._told:
+            self._rejected += rejected
+            self._told = True
+        first, done = begin.first + len(self._rows), begin.done + len(self._rows)
+        if following.epoch > begin.epoch:
+            following = replace(following, first=first, done=0, last=done)
+        else:
+            following = replace(following, first=first, done=done)
+        self._following = following
+        self._reader.begin(following)
 
-    def _finished_epochs(self, position: Position) -> bool:
-        return self._max_epochs is not None and position.epoch >= self._max_epochs
+    def _arranged(self, samples: list[Sample]) -> list[Row]:
+        """The rows of a block in the order in which they are emitted."""
+        begin, order = self._position, self._rules.order
+        key = (self._index, begin.epoch, begin.block)
+        if self._rules.row_lengths is None:
+            turns = np.arange(begin.first, begin.first + len(samples), dtype=np.int64)
+            arranged = order.arrange(key, turns * self._stride + self._index, [sample.lengths for sample in samples])
+            return [Row((samples[index],), samples[index].lengths) for index in arranged]
+        if not samples:
+            return []
+        samples = [samples[index] for index in order.shuffled(key, len(samples))]
+        lengths = np.asarray([sample.sides for sample in samples], np.int64)
+        rows = pack(lengths, self._rules.row_lengths)
+        size = (sum(self._rules.row_lengths), *self._rules.row_lengths)
+        return [
+            Row(tuple(samples[index] for index in rows[row]), size)
+            for row in order.shuffled((*key, len(rows)), len(rows))
+        ]

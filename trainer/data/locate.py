@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from trainer.data.files import file_format
+from trainer.data.formats import file_format
+from trainer.data.remote import filesystem as open_filesystem
+from trainer.data.remote import redacted, retrying
 from trainer.errors import DataError
 
 _PACKAGED = "corpora:"
@@ -46,24 +46,33 @@ def find_files(path: str, split: str, value: str, form: str | None) -> tuple[lis
     path: expanded file, glob, folder or URL; split: train, validation or test; value: of `data.<split>`, a name or
     glob.
     A folder's split is the files whose name begins with `value` or that lie in a folder named so; a single file or glob
-    is the train split, and the others are then paths of their own. Raises DataError listing what there is instead.
+    is the train split, and the others are then paths of their own. Raises DataError listing what there is instead, or
+    saying why a server cannot be asked; SetupError where a package for its protocol is missing.
     """
-    filesystem, root = fsspec.core.url_to_fs(path)
+    try:
+        return _find_files(path, split, value, form)
+    except OSError as error:
+        raise DataError(f"data.path={redacted(path)}, split {split}: cannot be read: {error}") from error
+
+
+def _find_files(path: str, split: str, value: str, form: str | None) -> tuple[list[str], list[str]]:
+    filesystem, root = open_filesystem(path)
     if not _is_folder(filesystem, root):
         if value != split:  # a file or glob of its own
             path = expand(value)
-            filesystem, root = fsspec.core.url_to_fs(path)
+            filesystem, root = open_filesystem(path)
         elif split != "train":
             raise DataError(
-                f"data.path={path} is not a folder, so it has the split train alone."
+                f"data.path={redacted(path)} is not a folder, so it has the split train alone."
                 f" Set data.{split} to a file, or to null to go without."
             )
         found = _glob(filesystem, root)
         if not found:
             key = "path" if value == split else split
-            raise DataError(f"data.{key}={path}: no such file. {_beside(filesystem, root)}")
-        return _with_names(filesystem, found, root.rsplit("/", 1)[0])
-    below = {name: name[len(root.rstrip("/")) + 1 :] for name in sorted(filesystem.find(root))}
+            raise DataError(f"data.{key}={redacted(path)}: no such file. {_beside(filesystem, root)}")
+        return _with_names(filesystem, found, root.split("?", 1)[0].rsplit("/", 1)[0])
+    all_files = retrying(lambda: filesystem.find(root), path)
+    below = {name: name[len(root.rstrip("/")) + 1 :] for name in sorted(all_files)}
     data = [name for name, short in below.items() if _is_data(short, form)]
     if _is_pattern(value) or file_format(value)[0]:
         found = _glob(filesystem, f"{root.rstrip('/')}/{value}")
@@ -72,7 +81,7 @@ def find_files(path: str, split: str, value: str, form: str | None) -> tuple[lis
     if not found:
         there = [below[name] for name in data] or list(below.values())
         raise DataError(
-            f"data.path={path} has no files for data.{split}={value}; it holds {_listed(there)}."
+            f"data.path={redacted(path)} has no files for data.{split}={value}; it holds {_listed(there)}."
             f" Set data.{split} to one of the names or to a glob, or to null to go without."
         )
     return _with_names(filesystem, found, root)
@@ -91,7 +100,12 @@ def _is_pattern(path: str) -> bool:
 def _is_folder(filesystem: Any, root: str) -> bool:
     if root.startswith("http"):  # asking a web server would fetch the file
         return root.endswith("/")
-    return not _is_pattern(root) and bool(filesystem.isdir(root))
+    if _is_pattern(root):
+        return False
+    try:
+        return bool(retrying(lambda: filesystem.info(root)["type"], root) == "directory")
+    except FileNotFoundError:
+        return False
 
 
 def _is_data(short: str, form: str | None) -> bool:
@@ -101,15 +115,20 @@ def _is_data(short: str, form: str | None) -> bool:
 
 def _glob(filesystem: Any, pattern: str) -> list[str]:
     if _is_pattern(pattern):
-        return sorted(name for name in filesystem.glob(pattern) if filesystem.isfile(name))
-    return [pattern] if filesystem.exists(pattern) else []
+        found = retrying(lambda: filesystem.glob(pattern, detail=True), pattern)
+        return sorted(name for name, info in found.items() if info["type"] != "directory")
+    try:
+        retrying(lambda: filesystem.info(pattern), pattern)  # `exists` takes a server in trouble for a missing file
+    except FileNotFoundError:
+        return []
+    return [pattern]
 
 
 def _with_names(filesystem: Any, found: Sequence[str], root: str) -> tuple[list[str], list[str]]:
     prefix = root.split("*", 1)[0].rstrip("/") + "/"
     local = "file" in filesystem.protocol
     paths = [name if local else filesystem.unstrip_protocol(name) for name in found]
-    return paths, [name.removeprefix(prefix) for name in found]
+    return paths, [redacted(name).removeprefix(redacted(prefix)) for name in found]
 
 
 def _beside(filesystem: Any, root: str) -> str:

@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+Batching = Literal["bucketed", "packed", "padded"]
+"""Steps of similar lengths; rows of a fixed size that samples share; samples as they come, padded."""
 
 
 class _Use(IntEnum):
@@ -39,9 +43,10 @@ def _schedule(steps: int, *entropy: int) -> NDArray[np.intp]:
 class Order:
     """The rules of the stream. `block`: records of a lane's block; `global_size`: samples of a step.
 
-    With `bucket`, every step has a length quantile, drawn without repetition from a cycle of as many steps as one block
-    of every lane feeds. Samples sorted by length go to steps sorted by quantile. As the quantile belongs to the step,
-    lanes agree on it whatever the sizes of their blocks, and neither ranks nor micro-batches have a part in it.
+    In "bucketed" batching every step has a length quantile, drawn without repetition from a cycle of as many steps as
+    one block of every lane feeds. Samples sorted by length go to steps sorted by quantile. As the quantile belongs to
+    the step, lanes agree on it whatever the sizes of their blocks, and neither ranks nor micro-batches have a part in
+    it.
     """
 
     seed: int
@@ -49,7 +54,7 @@ class Order:
     block: int
     global_size: int
     shuffle: bool
-    bucket: bool
+    batching: Batching
 
     def shards(self, num_shards: int, epoch: int) -> list[int]:
         """The order in which an epoch reads the shards."""
@@ -67,16 +72,21 @@ class Order:
         the places in the whole stream that the block will fill; lengths: sort key of each of the n samples.
         """
         count = len(lengths)
-        order: list[int] = list(range(count))
-        if self.shuffle:
-            order = _permutation(count, self.seed, _Use.block, *key).tolist()
-        if not self.bucket:
+        order = self.shuffled(key, count)
+        if self.batching != "bucketed":
             return order
         order.sort(key=lengths.__getitem__)
         emitted = np.empty(count, np.intp)
         emitted[np.argsort(self._quantiles(stream_indices // self.global_size), kind="stable")] = order
         arranged: list[int] = emitted.tolist()
         return arranged
+
+    def shuffled(self, key: Sequence[int], count: int) -> list[int]:
+        """The order of `count` things that the shuffle alone gives; `key`: see `arrange`."""
+        if not self.shuffle:
+            return list(range(count))
+        order: list[int] = _permutation(count, self.seed, _Use.block, *key).tolist()
+        return order
 
     def _quantiles(self, steps: NDArray[np.int64]) -> NDArray[np.intp]:
         """The quantile of each of `steps`, an integer below the number of steps in a cycle."""

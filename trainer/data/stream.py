@@ -1,165 +1,167 @@
-"""The data set of a run: where its splits are, how they are read, and the samples of an evaluation."""
+"""What `data` in a configuration names: the options of one data set or of a mixture of several."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
-from trainer.data.files import FORMATS, FileSource
-from trainer.data.hub import HubSource
-from trainer.data.locate import expand, find_files, is_hub
-from trainer.data.sources import Source, column, column_paths
-from trainer.errors import ConfigError, DataError
-from trainer.tasks import BadRecord, Encoded, Record, Task
+from trainer.data.dataset import Dataset
+from trainer.data.mixture import AtEnd, MixBy, Mixture
+from trainer.data.order import Batching
+from trainer.errors import ConfigError
+from trainer.wording import did_you_mean
 
-_log = logging.getLogger(__name__)
-
-_SPLITS = ("train", "validation", "test")
-_ENCODE_RECORDS = 512
-"""Records in one call of `task.encode` for an evaluation."""
+OnBadRecord = Literal["skip", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationSample:
-    """A sample of an evaluation. `index`: its place among the usable records of the split."""
+class SourceOptions:
+    """One of `data.sources`. weight: its share, or [[first step, share], ...]; at_end: see `AtEnd`; task: options that
+    differ from `task` for its records; the rest as in `Dataset`."""
 
-    index: int
-    record: Record
-    encoded: Encoded
+    path: str
+    name: str | None = None
+    format: str | None = None
+    train: str | None = "train"
+    validation: str | None = "validation"
+    test: str | None = "test"
+    weight: float | Sequence[Sequence[float]] = 1.0
+    at_end: AtEnd = "repeat"
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> list[tuple[int, float]]:
+        """(first step, share), from step 0 on."""
+        if isinstance(self.weight, int | float):
+            return [(0, float(self.weight))]
+        return [(int(first), float(share)) for first, share in self.weight]
 
 
 class StreamData:
-    """A data set in up to three splits: a file, glob, folder, URL or `corpora:NAME`, or a Hugging Face data set."""
+    """What `data` in a configuration names. `path` is one data set, `sources` a mixture of several."""
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         name: str | None = None,
         format: str | None = None,
         train: str | None = "train",
         validation: str | None = "validation",
         test: str | None = "test",
+        sources: Mapping[str, Any] | None = None,
+        mix_by: MixBy = "samples",
         lanes: int = 48,
         block: int = 512,
         shuffle: bool = True,
-        bucket: bool = True,
-        trace: bool = False,
+        batching: Batching = "bucketed",
+        row_length: int | Sequence[int] | None = None,
+        stages: Sequence[Mapping[str, Any]] = (),
+        on_bad_record: OnBadRecord = "skip",
         max_bad_fraction: float = 0.01,
+        trace: bool = False,
     ) -> None:
         """Nothing is opened yet. Raises ConfigError for values that cannot be.
 
-        name: configuration of a hub data set; format: jsonl, csv, tsv, text, parquet or hub (None: by suffix);
-        train, validation, test: names of splits or file globs (None: there is none); lanes: logical streams, which the
-        ranks must divide; block: records of a lane that are shuffled and bucketed together; bucket: steps of similar
-        lengths; trace: keep the ids of all samples; max_bad_fraction: records that may be skipped as unusable.
+        path to test: see `Dataset`; sources: `SourceOptions` by name; mix_by: what weights count; lanes: logical
+        streams, which the ranks must divide; block: records of a lane that are shuffled and batched together; batching:
+        see `Batching`; row_length: positions of a packed row, one number or one for each side, None = by the task;
+        stages: parts, see `trainer.data.stages`; on_bad_record, max_bad_fraction: what follows a record that cannot be
+        used, and how many may be skipped; trace: keep the ids of all samples.
         """
-        formats = [*dict.fromkeys(FORMATS.values()), "hub"]
         problems = [
             f"data.{key}={value} must be at least 1."
             for key, value in (("lanes", lanes), ("block", block))
             if value < 1
         ]
-        if format is not None and format not in formats:
-            problems.append(
-                f"data.format={format} is not known; use {', '.join(formats)}, or null to go by the suffix."
-            )
+        problems += _not_among("data.batching", batching, Batching) + _not_among("data.mix_by", mix_by, MixBy)
+        problems += _not_among("data.on_bad_record", on_bad_record, OnBadRecord)
         if not 0 <= max_bad_fraction <= 1:
             problems.append(f"data.max_bad_fraction={max_bad_fraction} must lie between 0 and 1.")
+        if bool(path) == bool(sources):
+            problems.append(f"data.path={path} and data.sources={list(sources or {})}: give one of the two.")
+        options = {name: _source_options(name, given, problems) for name, given in (sources or {}).items()}
+        problems += _weight_problems(options)
+        if not sources:
+            options = {"": SourceOptions(path or "", name, format, train, validation, test)}
+        self.sources = {name: one for name, one in options.items() if one is not None}
+        self.datasets: dict[str, Dataset] = {}
+        for name, one in self.sources.items():
+            split_names = one.train, one.validation, one.test
+            key = f"data.sources.{name}" if name else "data"
+            try:
+                self.datasets[name] = Dataset(key, one.path, one.name, one.format, *split_names, min_shards=lanes)
+            except ConfigError as error:
+                problems += error.problems
         if problems:
             raise ConfigError(*problems)
-        self.path = path
-        self.name = name
-        self.format = format
-        self.splits: dict[str, str | None] = dict(zip(_SPLITS, (train, validation, test), strict=True))
+        self.mix_by = mix_by
         self.lanes = lanes
         self.block = block
         self.shuffle = shuffle
-        self.bucket = bucket
+        self.batching = batching
+        self.row_length = row_length
+        self.stages = stages
+        self.max_bad_fraction = max_bad_fraction if on_bad_record == "skip" else 0.0
         self.trace = trace
-        self.max_bad_fraction = max_bad_fraction
-        self._opened: dict[str, tuple[Source, Record]] = {}
 
-    def source(self, split: str) -> Source:
-        """The source of a split. Raises DataError where it is missing, empty or not what its name says."""
-        return self._open(split)[0]
+    def mixture(self, seed: int) -> Mixture:
+        """How the sources are mixed."""
+        options = list(self.sources.values())
+        return Mixture(_phases([one.phases for one in options]), [one.at_end for one in options], self.mix_by, seed)
 
-    def check(self, split: str, columns: Sequence[str]) -> None:
-        """Raise DataError unless the first record of the split has all (dotted) `columns`."""
-        _, record = self._open(split)
-        for name in columns:
-            try:
-                column(record, name)
-            except KeyError:
-                raise DataError(
-                    f"data.path={self.path}, split {split}: no column {name};"
-                    f" there are {', '.join(column_paths(record))}."
-                ) from None
 
-    def records(self, split: str) -> Iterator[Record]:
-        """One pass over a split, in the order of the files; rows that cannot be parsed are skipped and told."""
-        source = self.source(split)
-        num_bad = 0
-        for index, name in enumerate(source.shards):
-            for offset, record in enumerate(source.open(index, 0)):
-                if not isinstance(record, BadRecord):
-                    yield record
-                    continue
-                num_bad += 1
-                if num_bad == 1:
-                    _log.warning("split %s: skipped %s:%d: %s", split, name, offset, record.reason)
-        if num_bad > 1:
-            _log.warning("split %s: skipped %d records", split, num_bad)
+def _phases(weights: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, tuple[float, ...]]]:
+    """Weights of all sources from each step on at which one changes."""
+    firsts = sorted({first for phases in weights for first, _ in phases} | {0})
+    rows = [
+        (first, tuple([share for begin, share in phases if begin <= first][-1] for phases in weights))
+        for first in firsts
+    ]
+    return [(first, tuple(share / sum(shares) for share in shares)) for first, shares in rows]
 
-    def evaluation_samples(
-        self, split: str, task: Task, rank: int, world_size: int, max_samples: int | None
-    ) -> list[EvaluationSample]:
-        """Every `world_size`-th, from `rank` on, of the first `max_samples` usable records in file order."""
-        samples: list[EvaluationSample] = []
-        count = 0
-        records = self.records(split)
-        while part := list(islice(records, _ENCODE_RECORDS)):
-            for record, encoded in zip(part, task.encode(part), strict=True):
-                if isinstance(encoded, BadRecord):
-                    continue
-                if count == max_samples:
-                    return samples
-                if count % world_size == rank:
-                    samples.append(EvaluationSample(count, record, encoded))
-                count += 1
-        return samples
 
-    def _open(self, split: str) -> tuple[Source, Record]:
-        """The source of a split and its first record."""
-        if split not in self._opened:
-            source = self._find(split)
-            self._opened[split] = source, self._first_record(split, source)
-        return self._opened[split]
+def _not_among(key: str, value: str, choices: Any) -> list[str]:
+    known = get_args(choices)
+    return [] if value in known else [f"{key}={value} is not known; use {', '.join(known)}."]
 
-    def _find(self, split: str) -> Source:
-        if split not in self.splits:
-            raise DataError(f"There is no split {split}; the splits are {', '.join(self.splits)}.")
-        value = self.splits[split]
-        if value is None:
-            raise DataError(f"data.{split} is null: the data set data.path={self.path} has no such split.")
-        path = expand(self.path)
-        if self.format == "hub" or (self.format is None and is_hub(path)):
-            return HubSource(path, self.name, value, min_shards=self.lanes)
-        if self.name is not None:
-            raise DataError(
-                f"data.name={self.name} is for hub data sets, but data.path={self.path} is a file or folder."
-            )
-        return FileSource(*find_files(path, split, value, self.format), self.format)
 
-    def _first_record(self, split: str, source: Source) -> Record:
-        """The first record, which shows that a split is there and is what it is said to be."""
-        for index, name in enumerate(source.shards):
-            for record in source.open(index, 0):
-                if isinstance(record, BadRecord):
-                    raise DataError(
-                        f"data.path={self.path}, split {split}: the first record of {name} cannot be read:"
-                        f" {record.reason}. Is the file what its name or data.format says?"
-                    )
-                return record
-        raise DataError(f"data.path={self.path}, split {split}: empty ({', '.join(source.shards[:5])}).")
+def _source_options(name: str, given: Any, problems: list[str]) -> SourceOptions | None:
+    """The options of one source, or None and what is wrong with them in `problems`."""
+    key = f"data.sources.{name}"
+    known = [entry.name for entry in fields(SourceOptions)]
+    if not isinstance(given, Mapping) or "path" not in given:
+        problems.append(f"{key}={given} must be a mapping with path, and perhaps {', '.join(known[1:])}.")
+        return None
+    unknown = [
+        f"{key}.{entry} is no option of a source{did_you_mean(entry, known)}" for entry in given if entry not in known
+    ]
+    if unknown:
+        problems += unknown
+        return None
+    options = SourceOptions(**given)
+    problems += _not_among(f"{key}.at_end", options.at_end, AtEnd)
+    try:
+        phases = options.phases
+    except (TypeError, ValueError):
+        phases = []
+    firsts = [first for first, _ in phases]
+    if not phases or firsts[0] != 0 or firsts != sorted(set(firsts)) or min(share for _, share in phases) < 0:
+        problems.append(
+            f"{key}.weight={options.weight} must be a number of 0 or more, or a list of [first step, number] in"
+            " ascending order that begins at step 0."
+        )
+        return None
+    return options
+
+
+def _weight_problems(options: Mapping[str, SourceOptions | None]) -> list[str]:
+    sound = [one.phases for one in options.values() if one is not None]
+    if not sound or len(sound) < len(options):
+        return []
+    firsts = sorted({first for phases in sound for first, _ in phases})
+    return [
+        f"data.sources: all weights are 0 from step {first} on; raise one."
+        for first in firsts
+        if not any([share for begin, share in phases if begin <= first][-1] for phases in sound)
+    ]

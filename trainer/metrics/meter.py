@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from trainer.metrics import StepInfo
 from trainer.state import TrainState
@@ -65,6 +65,7 @@ class Meter:
         world_size: int,
         memory_bytes: int,
         skipped_steps: int,
+        data: Mapping[str, int],
     ) -> StepInfo:
         """The facts of the interval that ends now; positions, padding and flops are sums over all ranks."""
         seconds = max(self._clock() - self._since, 1e-9)
@@ -85,6 +86,7 @@ class Meter:
             mfu=None if self._peak is None else flops / seconds / (self._peak * world_size),
             memory_bytes=memory_bytes,
             skipped_steps=skipped_steps,
+            data=data,
         )
         self._begin()
         return info

@@ -7,6 +7,10 @@ The contract of a model (an `nn.Module`; build it by `_target_`, every hyper-par
   - encoder-decoder: `source_ids` [B,S] int64, `source_mask` [B,S] bool (True = real token),
     `decoder_input_ids` [B,T] int64 -> logits [B,T,V]
   - decoder-only: `input_ids` [B,T] int64, optional `attention_mask` [B,T] bool -> logits [B,T,V]
+    Either also takes packed rows, several samples in each: `segment_ids` [B,T] int64 number the samples of a row 1, 2,
+    ... (0 = padding), `position_ids` [B,T] int64 count from 0 within each; the encoder-decoder has `source_...` [B,S]
+    and `target_...` [B,T] of both. Nothing attends across samples, and a row may be longer than `max_positions`. The
+    recurrent model knows no packed rows.
   - classifier: `inputs` [B,...] float -> logits [B,C]
   Logits come in the parameters' dtype; the task computes the loss in fp32.
 * `reset_parameter(name, generator)`: fills that parameter in place from `torch.Generator`, and

@@ -28,6 +28,18 @@ def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill_(~mask, masked_score(dtype))[:, None, None, :]
 
 
+def segment_bias(queries: Tensor, keys: Tensor, dtype: torch.dtype, causal: bool = False) -> Tensor:
+    """Segment ids [B, Q] and [B, K] int64 -> [B, 1, Q, K] to add to scores: zero within a segment, else `masked_score`.
+
+    Padding (0) sees only padding. With `causal`, Q = K and keys after the query are masked too.
+    """
+    hidden = queries[:, :, None] != keys[:, None, :]
+    if causal:
+        hidden |= torch.ones(hidden.shape[1:], dtype=torch.bool, device=hidden.device).triu(1)
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return bias.masked_fill_(hidden, masked_score(dtype))[:, None]
+
+
 def causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[length, length] to add to scores: zero up to the diagonal, `masked_score` above."""
     return _causal_table(-(-length // 512) * 512, dtype, device)[:length, :length]

@@ -17,6 +17,8 @@ class Model(nn.Module):
     """Base of the models; the contract stands in the package's docstring."""
 
     max_positions: int | None = None
+    packs_rows = False
+    """Whether the samples of a packed row (with segment ids) are kept apart."""
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Fill every parameter in place, in the order of `named_parameters()`.

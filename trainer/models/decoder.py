@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import SelfAttention, causal_bias, padding_bias
+from trainer.models.attention import SelfAttention, causal_bias, padding_bias, segment_bias
 from trainer.models.base import Model
 from trainer.models.cache import AttentionState, KeyValueCache
 from trainer.models.layers import FeedForward, Projection, RMSNorm, TokenEmbedding, add_dropped, dropout, matrix_size
@@ -74,6 +74,8 @@ class Decoder(Model):
     num_layers) (GPT-2, Radford et al. 2019).
     """
 
+    packs_rows = True
+
     def __init__(
         self,
         vocab_size: int,
@@ -132,15 +134,20 @@ class Decoder(Model):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """input_ids [B,T], optional attention_mask [B,T] -> logits [B,T,V].
 
-        Padding may stand on either side. On the right it costs nothing: causality hides it.
+        Padding may stand on either side. On the right it costs nothing: causality hides it. Packed rows have
+        segment_ids, position_ids [B,T].
         """
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        ids, mask, segments = batch["input_ids"], batch.get("attention_mask"), batch.get("segment_ids")
         x = self._embed(ids)
-        bias = None
-        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
-            bias = padding_bias(mask, x.dtype) + causal_bias(ids.shape[1], x.dtype, x.device)
         cos, sin = self._rotary(x, ids.shape[1])
         rotary = cos[: ids.shape[1], None], sin[: ids.shape[1], None]
+        bias = None
+        if segments is not None:
+            at = batch["position_ids"]
+            rotary = cos[at][:, :, None], sin[at][:, :, None]
+            bias = segment_bias(segments, segments, x.dtype, causal=True)
+        elif mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+            bias = padding_bias(mask, x.dtype) + causal_bias(ids.shape[1], x.dtype, x.device)
         for layer in self.layers:
             x = layer(x, bias=bias, causal=bias is None, rotary=rotary)
         return self._logits(x)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import CrossAttention, SelfAttention, causal_bias, padding_bias
+from trainer.models.attention import CrossAttention, SelfAttention, causal_bias, padding_bias, segment_bias
 from trainer.models.base import Model
 from trainer.models.cache import AttentionState, KeyValueCache, Memory
 from trainer.models.layers import (
@@ -123,6 +124,8 @@ class EncoderDecoder(Model):
     longest source or target (None: any, not for "learned").
     """
 
+    packs_rows = True
+
     def __init__(
         self,
         vocab_size: int,
@@ -195,27 +198,44 @@ class EncoderDecoder(Model):
         self.decoder_norm = make_norm(norm, d_model, bias) if self.pre_norm else None
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """source_ids [B,S], source_mask [B,S], decoder_input_ids [B,T] -> logits [B,T,V]."""
-        memory, memory_bias = self._encode(batch["source_ids"], batch["source_mask"])
-        x, bias = self._embed(batch["decoder_input_ids"], self.decoder_positions, start=0)
-        if bias is not None:
+        """source_ids [B,S], source_mask [B,S], decoder_input_ids [B,T] -> logits [B,T,V].
+
+        Packed rows have source_segment_ids, source_position_ids [B,S], target_segment_ids, target_position_ids [B,T].
+        """
+        memory, memory_bias = self._encode(batch)
+        position_ids, segments = batch.get("target_position_ids"), batch.get("target_segment_ids")
+        x, bias = self._embed(batch["decoder_input_ids"], self.decoder_positions, 0, position_ids)
+        if segments is not None:
+            within = segment_bias(segments, segments, x.dtype, causal=True)
+            bias = within if bias is None else bias + within
+        elif bias is not None:
             bias = bias + causal_bias(x.shape[1], x.dtype, x.device)
         for layer in _layers(self.decoder):
             keys_values = layer.keys_values(memory)
             x = layer(x, bias=bias, causal=bias is None, keys_values=keys_values, memory_bias=memory_bias)
         return self._logits(x)
 
-    def _encode(self, source_ids: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory [B,S,d_model] and its padding bias [B,1,1,S]."""
-        x, bias = self._embed(source_ids, self.encoder_positions, start=0)
-        memory_bias = padding_bias(source_mask, x.dtype)
-        bias = memory_bias if bias is None else bias + memory_bias
+    def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Memory [B,S,d_model] and what hides it from targets: its padding bias [B,1,1,S], of packed rows [B,1,T,S]."""
+        position_ids, segments = batch.get("source_position_ids"), batch.get("source_segment_ids")
+        x, bias = self._embed(batch["source_ids"], self.encoder_positions, 0, position_ids)
+        if segments is None:
+            within = memory_bias = padding_bias(batch["source_mask"], x.dtype)
+        else:
+            within = segment_bias(segments, segments, x.dtype)
+            memory_bias = segment_bias(batch["target_segment_ids"], segments, x.dtype)
+        bias = within if bias is None else bias + within
         for layer in self.encoder:
             x = layer(x, bias=bias)
         return self._finish(x, self.encoder_norm), memory_bias
 
-    def _embed(self, ids: Tensor, positions: nn.Module | None, start: int) -> tuple[Tensor, Tensor | None]:
-        """Vectors [B,T,d_model] of ids from position `start` on, and the relative bias [1,H,T,start+T]."""
+    def _embed(
+        self, ids: Tensor, positions: nn.Module | None, start: int, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Vectors [B,T,d_model] of ids from position `start` on, and the relative bias [1,H,T,start+T].
+
+        Absolute positions of packed rows are `position_ids` [B,T] instead; distances are the same in a row.
+        """
         x: Tensor = self.embedding(ids)
         length = ids.shape[1]
         if self.kind == "relative":
@@ -229,6 +249,8 @@ class EncoderDecoder(Model):
                 if positions is None
                 else positions(start, length)
             )
+            if position_ids is not None:
+                table = F.embedding(position_ids, table)
             x = torch.add(table, x, alpha=self.embedding_scale)
         return dropout(x, self.dropout, self.training), bias
 
@@ -243,7 +265,7 @@ class EncoderDecoder(Model):
 
     def start_decoding(self, batch: Mapping[str, Tensor]) -> AttentionState:
         """Encode source_ids [B,S] (source_mask [B,S]) and compute each decoder layer's memory keys and values once."""
-        memory, memory_bias = self._encode(batch["source_ids"], batch["source_mask"])
+        memory, memory_bias = self._encode(batch)
         keys_values = [layer.keys_values(memory) for layer in _layers(self.decoder)]
         return AttentionState(
             cache=KeyValueCache(len(self.decoder)),

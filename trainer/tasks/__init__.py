@@ -1,9 +1,9 @@
 """Tasks: what a record becomes, how samples make a batch, the loss of a batch, and what is measured.
 
 One file per objective. A task is built by `_target_` with its options plus `tokenizer` (or None). The contract is
-`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text. Every batch has `labels`; `IGNORE` (-100)
-there means "this position carries no loss". A batch whose labels are all IGNORE weighs nothing: that is how ranks that
-ran out of data keep step with the others.
+`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text, and `PacksRows` for those whose samples
+can share a row. Every batch has `labels`; `IGNORE` (-100) there means "this position carries no loss". A batch whose
+labels are all IGNORE weighs nothing: that is how ranks that ran out of data keep step with the others.
 """
 
 from __future__ import annotations
@@ -71,10 +71,13 @@ class Task(Protocol):
     """Dotted column paths that every record must have; checked when a data set is opened."""
 
     max_length: int | None
-    """Positions of the longest sample `encode` gives; must not exceed the model's `max_positions`. None: any."""
+    """Positions of the longest of the `pieces`; must not exceed the model's `max_positions`. None: any."""
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
         """Encode many records at once (the tokenizer is batched); one result per record, in order."""
+
+    def pieces(self, sample: Encoded) -> list[Encoded]:
+        """What goes into batches for `sample`: itself, or the parts of one longer than `max_length`, in order."""
 
     def collate(self, samples: Sequence[Encoded]) -> Batch:
         """Pad `samples` (at least one) to a common length."""
@@ -92,7 +95,28 @@ class Task(Protocol):
         """The metric by which checkpoints are compared and its direction: ("eval/loss", "min")."""
 
     def target_bytes(self, record: Record, sample: Encoded) -> int:
-        """UTF-8 bytes of the text that the target tokens of `sample` spell (for bits per byte); 0 if none."""
+        """UTF-8 bytes of the text that the target tokens of `sample` spell (for bits per byte); 0 if none.
+
+        Of several `pieces` the first counts for all.
+        """
+
+
+@runtime_checkable
+class PacksRows(Protocol):
+    """A task whose samples can stand one after the other in rows of a fixed length (see `trainer.models`).
+
+    A row has one side or several (source, target); each sample takes positions on every side.
+    """
+
+    def sides(self, sample: Encoded) -> tuple[int, ...]:
+        """Positions that `sample` takes on each side of a row."""
+
+    def collate_rows(self, rows: Sequence[Sequence[Encoded]], row_lengths: tuple[int, ...]) -> Batch:
+        """One row for each of `rows`, its samples in order, in rectangles of exactly `row_lengths` (one for each side).
+
+        With the fields of `collate` come segment ids and position ids, int64: the samples of a row are the segments
+        1, 2, ..., padding is 0; positions count from 0 within each sample.
+        """
 
 
 @runtime_checkable

@@ -11,15 +11,25 @@ import torch
 from trainer.errors import ConfigError
 from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
 from trainer.tasks.loss import cross_entropy_sums
-from trainer.tasks.text import TextTokenizer, check_overlong, limit_length, pad_rows, text_at
+from trainer.tasks.text import (
+    OVERLONG_CHOICES,
+    TextTokenizer,
+    check_overlong,
+    limit_length,
+    number_segments,
+    pack_rows,
+    pad_rows,
+    text_at,
+)
 
 
 class CausalLM:
     """Next-token cross-entropy on texts of bounded length; evaluated by loss, perplexity and bits per byte.
 
-    One record is one sample: begin token + text is read, text + end token is predicted. Records must therefore be
+    One record is one sample: begin token + text is read, text + end token is predicted. Records should therefore be
     prepared to fit `sequence_length` tokens (the packaged corpus has groups of paragraphs of at most about 1,500
-    bytes); a longer one is skipped and counted, or cut with overlong="truncate".
+    bytes); a longer one is skipped and counted, cut with overlong="truncate", or goes on in further samples with
+    overlong="split".
     """
 
     def __init__(
@@ -33,7 +43,7 @@ class CausalLM:
         top_k: int = 40,
     ) -> None:
         """temperature, top_k: of the sampling in `generate`. Raises ConfigError for options that cannot be."""
-        check_overlong(overlong)
+        check_overlong(overlong, (*OVERLONG_CHOICES, "split"))
         if sequence_length < 2:
             raise ConfigError(f"task.sequence_length={sequence_length}: a text takes at least 2 tokens.")
         self.required_columns = (text_column,)
@@ -47,7 +57,10 @@ class CausalLM:
         self._top_k = top_k
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
-        """`ids` int32: begin token, text, end token; one longer than the sample's positions."""
+        """`ids` int32: begin token, text, end token; one longer than the sample's positions.
+
+        With overlong="split" a sample may be longer than `sequence_length`: `pieces` cuts it.
+        """
         return self._encode_texts([text_at(record, self._text_column) for record in records])
 
     def _encode_texts(self, texts: Sequence[str | BadRecord]) -> list[Encoded | BadRecord]:
@@ -63,6 +76,17 @@ class CausalLM:
         fields = {"ids": np.asarray([self._tokenizer.bos_id, *limited], np.int32)}
         return Encoded(fields, length=len(limited), num_target_tokens=len(limited))
 
+    def pieces(self, sample: Encoded) -> list[Encoded]:
+        """Samples of at most `sequence_length` positions that predict each token of `sample` once.
+
+        Each begins with the token that the one before it predicts last; there is no new begin token.
+        """
+        step = self._sequence_length
+        if sample.length <= step:
+            return [sample]
+        parts = (sample.fields["ids"][start : start + step + 1] for start in range(0, sample.length, step))
+        return [Encoded({"ids": ids}, length=len(ids) - 1, num_target_tokens=len(ids) - 1) for ids in parts]
+
     def collate(self, samples: Sequence[Encoded]) -> Batch:
         """`input_ids` [B,T] int64, `attention_mask` [B,T] bool, `labels` [B,T] int64."""
         labels = pad_rows([sample.fields["ids"][1:] for sample in samples], IGNORE)
@@ -72,6 +96,25 @@ class CausalLM:
             ),
             "attention_mask": torch.from_numpy(labels != IGNORE),
             "labels": torch.from_numpy(labels),
+        }
+
+    def sides(self, sample: Encoded) -> tuple[int, ...]:
+        """The one side."""
+        return (sample.length,)
+
+    def collate_rows(self, rows: Sequence[Sequence[Encoded]], row_lengths: tuple[int, ...]) -> Batch:
+        """`collate`'s fields, `segment_ids` [B,T] int64, `position_ids` [B,T] int64; T = `row_lengths[0]`."""
+        (length,) = row_lengths
+        ids = [[sample.fields["ids"] for sample in row] for row in rows]
+        inputs = pack_rows([[one[:-1] for one in row] for row in ids], length, self._tokenizer.pad_id)
+        labels = pack_rows([[one[1:] for one in row] for row in ids], length, IGNORE)
+        segments, positions = number_segments([[sample.length for sample in row] for row in rows], length)
+        return {
+            "input_ids": torch.from_numpy(inputs),
+            "attention_mask": torch.from_numpy(segments > 0),
+            "labels": torch.from_numpy(labels),
+            "segment_ids": torch.from_numpy(segments),
+            "position_ids": torch.from_numpy(positions),
         }
 
     def loss(self, model: Any, batch: Batch) -> LossSums:
@@ -92,9 +135,12 @@ class CausalLM:
         return "eval/loss", "min"
 
     def target_bytes(self, record: Record, sample: Encoded) -> int:
-        """UTF-8 bytes of the text, as far as it was kept."""
-        if sample.length == self._sequence_length:  # may have been cut
-            return len(self._tokenizer.decode(sample.fields["ids"][1:-1].tolist()).encode())
+        """UTF-8 bytes of the text, as far as it was kept; of a text in pieces the first counts all."""
+        ids = sample.fields["ids"]
+        if self._overlong == "truncate" and sample.length == self._sequence_length:  # may have been cut
+            return len(self._tokenizer.decode(ids[1:-1].tolist()).encode())
+        if ids[0] != self._tokenizer.bos_id:  # which no text contains
+            return 0
         text = text_at(record, self._text_column)
         assert isinstance(text, str), "the record was accepted by encode"
         return len(text.encode())

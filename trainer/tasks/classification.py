@@ -79,6 +79,10 @@ class Classification:
         fields = {"inputs": inputs * np.float32(self._input_scale), "label": np.asarray([label], dtype=np.int64)}
         return Encoded(fields, length=1, num_target_tokens=1)
 
+    def pieces(self, sample: Encoded) -> list[Encoded]:
+        """Always one."""
+        return [sample]
+
     def collate(self, samples: Sequence[Encoded]) -> Batch:
         """`inputs` [B, *input_shape] float32, `labels` [B] int64."""
         return {

@@ -32,10 +32,10 @@ class TextTokenizer(Protocol):
     def decode_batch(self, ids: list[list[int]]) -> list[str]: ...
 
 
-def check_overlong(choice: str) -> None:
-    """Raises ConfigError unless `choice` is one of OVERLONG_CHOICES."""
-    if choice not in OVERLONG_CHOICES:
-        raise ConfigError(f"task.overlong={choice} is not known; choose one of {', '.join(OVERLONG_CHOICES)}.")
+def check_overlong(choice: str, choices: Sequence[str] = OVERLONG_CHOICES) -> None:
+    """Raises ConfigError unless `choice` is one of `choices`."""
+    if choice not in choices:
+        raise ConfigError(f"task.overlong={choice} is not known; choose one of {', '.join(choices)}.")
 
 
 def text_at(record: Record, path: str) -> str | BadRecord:
@@ -56,10 +56,10 @@ def text_at(record: Record, path: str) -> str | BadRecord:
 def limit_length(ids: list[int], key: str, limit: int, overlong: str) -> list[int] | BadRecord:
     """`ids`, which end with the end token, in at most `limit` tokens.
 
-    Longer ones lose what stands before the end token if `overlong` is "truncate"; otherwise the BadRecord names both
-    numbers.
+    Longer ones lose what stands before the end token if `overlong` is "truncate", and stay whole if it is "split" (the
+    task cuts them into pieces later); otherwise the BadRecord names both numbers.
     """
-    if len(ids) <= limit:
+    if len(ids) <= limit or overlong == "split":
         return ids
     if overlong == "truncate":
         return [*ids[: limit - 1], ids[-1]]
@@ -72,3 +72,25 @@ def pad_rows(rows: Sequence[npt.NDArray[Any]], value: int) -> npt.NDArray[np.int
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
     return padded
+
+
+def pack_rows(rows: Sequence[Sequence[npt.NDArray[Any]]], length: int, value: int) -> npt.NDArray[np.int64]:
+    """[B, length] int64: the parts of each row one after the other, then filled up with `value`."""
+    packed = np.full((len(rows), length), value, dtype=np.int64)
+    for index, parts in enumerate(rows):
+        end = 0
+        for part in parts:
+            start, end = end, end + len(part)
+            assert end <= length, f"samples of {end} positions or more do not fit a row of {length}"
+            packed[index, start:end] = part
+    return packed
+
+
+def number_segments(rows: Sequence[Sequence[int]], length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Segment ids and position ids, each [B, length] int64, of rows whose parts have these lengths.
+
+    The parts of a row are 1, 2, ... and padding is 0; positions count from 0 within each part and are 0 on padding.
+    """
+    segments = [[np.full(size, number) for number, size in enumerate(sizes, start=1)] for sizes in rows]
+    positions = [[np.arange(size) for size in sizes] for sizes in rows]
+    return pack_rows(segments, length, 0), pack_rows(positions, length, 0)

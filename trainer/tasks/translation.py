@@ -11,7 +11,15 @@ import torch
 from trainer.errors import ConfigError
 from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
 from trainer.tasks.loss import cross_entropy_sums
-from trainer.tasks.text import TextTokenizer, check_overlong, limit_length, pad_rows, text_at
+from trainer.tasks.text import (
+    TextTokenizer,
+    check_overlong,
+    limit_length,
+    number_segments,
+    pack_rows,
+    pad_rows,
+    text_at,
+)
 
 BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none")
 """Those of sacreBLEU that download nothing."""
@@ -88,6 +96,10 @@ class Translation:
         fields = {"source_ids": np.asarray(source, np.int32), "target_ids": np.asarray(target, np.int32)}
         return Encoded(fields, length=max(len(source), len(target)), num_target_tokens=len(target))
 
+    def pieces(self, sample: Encoded) -> list[Encoded]:
+        """Always one: half a sentence has no translation."""
+        return [sample]
+
     def collate(self, samples: Sequence[Encoded]) -> Batch:
         """`source_ids` [B,S] int64, `source_mask` [B,S] bool, `decoder_input_ids` [B,T] int64, `labels` [B,T] int64."""
         targets = [sample.fields["target_ids"] for sample in samples]
@@ -106,6 +118,34 @@ class Translation:
         lengths = np.asarray([len(source) for source in sources])
         mask = np.arange(source_ids.shape[1]) < lengths[:, None]
         return {"source_ids": torch.from_numpy(source_ids), "source_mask": torch.from_numpy(mask)}
+
+    def sides(self, sample: Encoded) -> tuple[int, ...]:
+        """Source and target."""
+        return len(sample.fields["source_ids"]), len(sample.fields["target_ids"])
+
+    def collate_rows(self, rows: Sequence[Sequence[Encoded]], row_lengths: tuple[int, ...]) -> Batch:
+        """`collate`'s fields, and `source_segment_ids`, `source_position_ids` [B,S] int64, `target_...` [B,T] int64.
+
+        S, T = `row_lengths`. Each target begins with the begin token in `decoder_input_ids`.
+        """
+        pad, bos = self._tokenizer.pad_id, self._tokenizer.bos_id
+        sources = [[sample.fields["source_ids"] for sample in row] for row in rows]
+        targets = [[sample.fields["target_ids"] for sample in row] for row in rows]
+        source_segments, source_positions = number_segments([[*map(len, row)] for row in sources], row_lengths[0])
+        target_segments, target_positions = number_segments([[*map(len, row)] for row in targets], row_lengths[1])
+        labels = pack_rows(targets, row_lengths[1], IGNORE)
+        decoder_input = np.select([target_segments == 0, target_positions == 0], [pad, bos], np.roll(labels, 1, axis=1))
+        arrays = {
+            "source_ids": pack_rows(sources, row_lengths[0], pad),
+            "source_mask": source_segments > 0,
+            "source_segment_ids": source_segments,
+            "source_position_ids": source_positions,
+            "decoder_input_ids": decoder_input,
+            "labels": labels,
+            "target_segment_ids": target_segments,
+            "target_position_ids": target_positions,
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def loss(self, model: Any, batch: Batch) -> LossSums:
         """Label-smoothed cross-entropy summed over the target tokens, the end-of-sentence tokens included."""

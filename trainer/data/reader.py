@@ -1,0 +1,298 @@
+"""Reading one source record by record, encoded, with what could not be used; from any place and back."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from trainer.data.sources import Source
+from trainer.data.stages import Changed, Removed, Stage
+from trainer.errors import DataError
+from trainer.tasks import BadRecord, Encoded, Record, Task
+
+_log = logging.getLogger(__name__)
+
+BAD_RECORD = "bad_record"
+"""The stage of records that cannot be read or that the task refuses."""
+
+_MIN_RECORDS = 1000
+"""Bad records are compared with a fraction of at least so many, lest one bad record end a run that has just begun."""
+
+_MAX_EMPTY_EPOCHS = 100
+"""Epochs in a row that may give a lane nothing (its shards happened to be empty) before it is an error."""
+
+Place = tuple[int, int, int]
+"""Where to read on: epoch, place in the epoch's order of shards, record in that shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A record, or a piece of one, made ready for batching, and where it came from.
+
+    id: "shard:record", of a later piece "shard:record#piece"; key: sorts samples as their records stand in the data;
+    lengths: sort key of bucketing; sides: positions it takes on each side of a packed row (empty if not packed).
+    """
+
+    id: str
+    key: tuple[int, ...]
+    encoded: Encoded
+    lengths: tuple[int, ...]
+    sides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A record that gave no sample. stage: BAD_RECORD, or the name of the stage that removed it."""
+
+    shard: str
+    offset: int
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The next usable record of a source: its samples, what was rejected on the way to it, what stages changed, by
+    stage, and where to read on. Without samples where an epoch ends, or where rejected records stand at the end of a
+    part. What is rejected or changed is told in the first epoch alone."""
+
+    samples: list[Sample]
+    rejected: list[Rejected]
+    changed: Counter[str]
+    after: Place
+
+
+@dataclass(frozen=True, slots=True)
+class _Unusable:
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is at a record's place; `after`: where to read on."""
+
+    shard: int
+    offset: int
+    record: Record | BadRecord
+    after: Place
+
+
+class ShardSequence:
+    """The shards of an epoch, one after the other, readable from any place; the last place is kept open."""
+
+    def __init__(self, source: Source, order: Callable[[int], Sequence[int]]) -> None:
+        """`order`: epoch -> indices of the shards to read."""
+        self._source = source
+        self._order = order
+        self._next: Place | None = None
+        self._rows: Iterator[Record | BadRecord] = iter(())
+
+    def num_shards(self, epoch: int) -> int:
+        """Shards of an epoch."""
+        return len(self._order(epoch))
+
+    def take(self, place: Place, count: int) -> tuple[list[Row], Place]:
+        """Up to `count` rows from a place on, and the place behind them; fewer only at the end of the epoch."""
+        epoch, shard, offset = place
+        order = self._order(epoch)
+        rows: list[Row] = []
+        while len(rows) < count and shard < len(order):
+            index = order[shard]
+            try:
+                if self._next != (epoch, shard, offset):
+                    self._rows = self._source.open(index, offset)
+                for record in self._rows:
+                    offset += 1
+                    rows.append(Row(index, offset - 1, record, (epoch, shard, offset)))
+                    if len(rows) == count:
+                        break
+                else:
+                    shard, offset = shard + 1, 0
+                    self._next = None
+                    continue
+            except Exception as error:
+                self._next = None
+                error.add_note(f"while reading {self._source.shards[index]} at record {offset}")
+                raise
+        self._next = (epoch, shard, offset)
+        if shard == len(order):
+            epoch, shard, offset, self._next = epoch + 1, 0, 0, None
+        return rows, (epoch, shard, offset)
+
+
+class Encoder:
+    """Rows of one source to samples, through its stages and its task.
+
+    Bad records are skipped and told; more than `max_bad_fraction` of them is an error, and so is the first if
+    `max_bad_fraction` is 0.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prefix: str,
+        source: Source,
+        task: Task,
+        stages: Sequence[Stage],
+        max_bad_fraction: float,
+        sides: Callable[[Encoded], tuple[int, ...]] | None,
+    ) -> None:
+        """index, prefix: the source's number in a mixture, and what its shards' names begin with; sides: what a sample
+        takes of a packed row, None = nothing is packed."""
+        self._index = index
+        self._names = [f"{prefix}{name}" for name in source.shards]
+        self._task = task
+        self._stages = stages
+        self._max_bad_fraction = max_bad_fraction
+        self._sides = sides
+        self._num_records = 0
+        self._num_bad = 0
+        self._first_bad = ""
+
+    def encode(self, rows: Sequence[Row]) -> list[Drawn]:
+        """One Drawn for each usable row, and one without samples if rejected rows stand at the end.
+
+        Raises DataError naming the first bad record when there are too many.
+        """
+        results, changes = self._through_stages(rows)
+        usable = [index for index, result in enumerate(results) if not isinstance(result, _Unusable)]
+        try:
+            encoded = self._task.encode([results[index] for index in usable]) if usable else []  # type: ignore[misc]
+        except Exception as error:
+            error.add_note(f"while encoding {self._id(rows[0])} to {self._id(rows[-1])}")
+            raise
+        assert len(encoded) == len(usable), "a task gives one result per record"
+        outcomes: list[Encoded | _Unusable | None] = [
+            result if isinstance(result, _Unusable) else None for result in results
+        ]
+        for index, one in zip(usable, encoded, strict=True):
+            outcomes[index] = _Unusable(BAD_RECORD, one.reason) if isinstance(one, BadRecord) else one
+        return list(self._drawn(rows, outcomes, changes))
+
+    def _through_stages(self, rows: Sequence[Row]) -> tuple[list[Record | _Unusable], list[dict[str, int]]]:
+        """What the stages made of each row, and how much each of them changed in it."""
+        results: list[Record | _Unusable] = [
+            _Unusable(BAD_RECORD, row.record.reason) if isinstance(row.record, BadRecord) else row.record
+            for row in rows
+        ]
+        changes: list[dict[str, int]] = [{} for _ in rows]
+        for stage in self._stages:
+            there = [index for index, result in enumerate(results) if not isinstance(result, _Unusable)]
+            ids = [self._id(rows[index]) for index in there]
+            records: list[Record] = [results[index] for index in there]  # type: ignore[misc]
+            for index, result in zip(there, stage.apply(ids, records), strict=True):
+                if isinstance(result, Removed):
+                    results[index] = _Unusable(stage.name, result.reason)
+                elif isinstance(result, Changed):
+                    results[index] = result.record
+                    changes[index][stage.name] = result.count
+        return results, changes
+
+    def _drawn(
+        self, rows: Sequence[Row], outcomes: Sequence[Encoded | _Unusable | None], changes: Sequence[dict[str, int]]
+    ) -> Iterator[Drawn]:
+        rejected: list[Rejected] = []
+        changed: Counter[str] = Counter()
+        for row, outcome, counts in zip(rows, outcomes, changes, strict=True):
+            assert outcome is not None
+            self._num_records += 1
+            first_pass = row.after[0] == 0
+            if first_pass:
+                changed.update(counts)
+            if isinstance(outcome, _Unusable):
+                self._judge(row, outcome)
+                if first_pass:
+                    rejected.append(Rejected(self._names[row.shard], row.offset, outcome.stage, outcome.reason))
+            else:
+                yield Drawn(self._samples(row, outcome), rejected, changed, row.after)
+                rejected, changed = [], Counter()
+        if self._num_bad > self._max_bad_fraction * max(self._num_records, _MIN_RECORDS):
+            raise DataError(self._too_many())
+        if rows and isinstance(outcomes[-1], _Unusable):
+            yield Drawn([], rejected, changed, rows[-1].after)
+
+    def _samples(self, row: Row, encoded: Encoded) -> list[Sample]:
+        pieces = self._task.pieces(encoded)
+        name = self._id(row)
+        return [
+            Sample(
+                id=f"{name}#{number}" if number else name,
+                key=(self._index, row.shard, row.offset, number),
+                encoded=piece,
+                lengths=(piece.length, *(len(array) if array.ndim else 1 for array in piece.fields.values())),
+                sides=self._sides(piece) if self._sides else (),
+            )
+            for number, piece in enumerate(pieces)
+        ]
+
+    def _judge(self, row: Row, outcome: _Unusable) -> None:
+        """Count a bad record, and raise DataError where none may be."""
+        if outcome.stage != BAD_RECORD:
+            return
+        self._num_bad += 1
+        if self._num_bad == 1:
+            self._first_bad = f"{self._id(row)}: {outcome.reason}"
+            if self._max_bad_fraction > 0:
+                _log.warning(
+                    "skipped the bad record %s (further ones are counted; all are in quarantine.jsonl)", self._first_bad
+                )
+        if self._max_bad_fraction == 0:
+            raise DataError(self._too_many())
+
+    def _too_many(self) -> str:
+        if self._max_bad_fraction == 0:
+            return f"Bad record {self._first_bad} (data.on_bad_record=fail). Mend it, or set data.on_bad_record=skip."
+        return (
+            f"{self._num_bad} of the first {self._num_records} records cannot be used, more than"
+            f" data.max_bad_fraction={self._max_bad_fraction}; the first is {self._first_bad}."
+            " Mend the data, or raise data.max_bad_fraction."
+        )
+
+    def _id(self, row: Row) -> str:
+        return f"{self._names[row.shard]}:{row.offset}"
+
+
+class RecordReader:
+    """The usable records of one source, drawn one by one; read and encoded a part at a time."""
+
+    def __init__(self, sequence: ShardSequence, encoder: Encoder, part: int) -> None:
+        """`part`: records that are encoded together."""
+        self.sequence = sequence
+        self._encoder = encoder
+        self._part = part
+        self._place: Place | None = None
+        self._drawn: deque[Drawn] = deque()
+        self._read_to: Place = (0, 0, 0)
+        self._empty_epochs = 0
+
+    def seek(self, place: Place) -> None:
+        """Draw what stands at `place` next; costs nothing where that is next anyway."""
+        if place != self._place:
+            self._place = self._read_to = place
+            self._drawn.clear()
+
+    def draw(self) -> Drawn:
+        """What comes next. At the end of an epoch: no samples, and the place of the next epoch's beginning.
+
+        Raises DataError where there is nothing, epoch after epoch.
+        """
+        while not self._drawn:
+            epoch = self._read_to[0]
+            rows, self._read_to = self.sequence.take(self._read_to, self._part)
+            self._drawn.extend(self._encoder.encode(rows))
+            if self._read_to[0] > epoch:
+                self._drawn.append(Drawn([], [], Counter(), self._read_to))
+                self._empty_epochs += 1
+        drawn = self._drawn.popleft()
+        if drawn.samples:
+            self._empty_epochs = 0
+        elif self._empty_epochs > _MAX_EMPTY_EPOCHS:
+            raise DataError(
+                f"No usable record in {_MAX_EMPTY_EPOCHS} passes over a lane's shards: the source is empty, or too many"
+                " of its shards are. Remove the empty shards, or lower data.lanes."
+            )
+        self._place = drawn.after
+        return drawn
