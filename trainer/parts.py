@@ -3,7 +3,6 @@ other."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from trainer import distributed
 from trainer.build import build
 from trainer.config import Config, Precision, with_tokenizer_sha256
-from trainer.data.corpus import Corpus
+from trainer.data.corpus import Corpus, prefix_of, survey
 from trainer.data.sources import column
 from trainer.data.stages import NeedsPass, Stage
 from trainer.data.stream import StreamData
@@ -27,8 +26,6 @@ from trainer.optim import build_optimizer
 from trainer.plan import RunPlan
 from trainer.run_directory import RunDirectory
 from trainer.tasks import Task
-
-_log = logging.getLogger(__name__)
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -89,18 +86,16 @@ def make_corpus(config: Config, data: StreamData, tokenizer: Tokenizer | None) -
 
 
 def make_stages(data: StreamData, source: str) -> list[Stage]:
-    """The stages of a source, those that need it after a pass over its train split by rank 0."""
-    stages: list[Stage] = [build(part, f"data.stages.{index}") for index, part in enumerate(data.stages)]
-    for stage in stages:
+    """The stages of a source, those that need it after a pass of rank 0 over the train split."""
+    stages: list[Stage] = []
+    for index, part in enumerate(data.stages):
+        stage: Stage = build(part, f"data.stages.{index}")
         if isinstance(stage, NeedsPass):
-            stage.adopt(distributed.on_rank_zero(partial(_survey, stage, data, source)))
+            stage.adopt(
+                distributed.on_rank_zero(partial(survey, stage, list(stages), data.datasets[source], prefix_of(source)))
+            )
+        stages.append(stage)
     return stages
-
-
-def _survey(stage: NeedsPass, data: StreamData, source: str) -> Any:
-    _log.info("data.stages: %s reads the train split %s once", stage.name, source)
-    prefix = f"{source}/" if source else ""
-    return stage.survey((f"{prefix}{place}", record) for place, record in data.datasets[source].records("train"))
 
 
 def _task_parts(config: Config, data: StreamData) -> dict[str, dict[str, Any]]:

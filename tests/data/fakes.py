@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.corpus import Corpus, Stream
+from trainer.data.dataset import Dataset
 from trainer.data.loader import Loader, StepBatch
 from trainer.data.stream import StreamData
 from trainer.plan import RunPlan
@@ -44,6 +45,23 @@ class MemorySource:
         return {f"s{s}:{o}" for s, size in enumerate(self.sizes) for o in range(size) if (s, o) not in self.bad}
 
 
+class MemoryDataset(Dataset):
+    """A train split held in memory."""
+
+    def __init__(self, memory: MemorySource) -> None:
+        super().__init__("data", "memory")
+        self.memory = memory
+
+    def source(self, split: str) -> MemorySource:  # type: ignore[override]
+        return self.memory
+
+    def records(self, split: str) -> Iterator[tuple[str, Record]]:
+        for index, shard in enumerate(self.memory.shards):
+            for offset, record in enumerate(self.memory.open(index, 0)):
+                if not isinstance(record, BadRecord):
+                    yield f"{shard}:{offset}", record
+
+
 def memory_data(memory: MemorySource | Mapping[str, MemorySource], **options: Any) -> StreamData:
     """A train split, or a mixture of them (with `sources`: their options), held in memory."""
     if isinstance(memory, MemorySource):
@@ -51,14 +69,7 @@ def memory_data(memory: MemorySource | Mapping[str, MemorySource], **options: An
     else:
         given = options.pop("sources", {})
         data = StreamData(sources={name: {"path": name, **given.get(name, {})} for name in memory}, **options)
-    for name, source in memory.items():
-        data.datasets[name].source = lambda split, source=source: source  # type: ignore[method-assign]
-        data.datasets[name].records = lambda split, source=source: (  # type: ignore[method-assign]
-            (f"{shard}:{offset}", record)
-            for index, shard in enumerate(source.shards)
-            for offset, record in enumerate(source.open(index, 0))
-            if not isinstance(record, BadRecord)
-        )
+    data.datasets = {name: MemoryDataset(source) for name, source in memory.items()}
     return data
 
 
@@ -132,6 +143,8 @@ def steps_of(
             loader.load_lane_states(states)
         steps = []
         for step in islice(loader, count):
+            if step.failure is not None:
+                raise step.failure
             steps.append(step)
             if count is None and step.exhausted:
                 break

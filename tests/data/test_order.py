@@ -44,7 +44,7 @@ def open_stream(stream: dict[str, Any]) -> tuple[StreamData, dict[str, MemorySou
     sizes = list(stream["sizes"])
     sizes[0] += 6  # at least one good record, whatever is bad
     sources = {"": MemorySource(sizes, frozenset(stream["bad"]))}
-    options = {"lanes": 24, "block": stream["block"], "batching": stream["batching"]}
+    options = {"lanes": 24, "block": stream["block"], "batching": stream["batching"], "max_bad_fraction": 1.0}
     if stream["second"] is None:
         return memory_data(sources[""], **options), sources
     sources = {"a": sources[""], "b": MemorySource(stream["second"])}

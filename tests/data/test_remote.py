@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import email.utils
 import gzip
+import io
 import json
 import logging
 import random
+import tarfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ QUICK = Retries(total_seconds=20, first_wait=0.001, longest_wait=0.01, stall_sec
 BRIEF = Retries(total_seconds=0.2, first_wait=0.05, longest_wait=0.05, stall_seconds=0.1)
 KINDS = ("pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet")
 # random words, lest a compressed file fit one request
-ROWS = [{"n": number, "text": random.Random(number).randbytes(20).hex()} for number in range(4000)]
+ROWS = [{"n": number, "text": random.Random(number).randbytes(20).hex()} for number in range(2000)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     (folder / "pairs.jsonl").write_bytes(lines)
     (folder / "pairs.jsonl.gz").write_bytes(gzip.compress(lines, 1))
-    pq.write_table(pa.Table.from_pylist(ROWS), folder / "pairs.parquet", row_group_size=800)
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "pairs.parquet", row_group_size=500)
     return folder
 
 
@@ -195,6 +197,7 @@ def test_a_server_without_ranges_says_why_a_file_is_not_cut(web: FaultyServer, m
 
 def test_many_files_on_a_server_are_measured_by_one_listing(s3: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "LARGEST", 30 << 10)
+    monkeypatch.setattr(files, "_FEW", 1)
     paths, names = find_files("s3://data", "train", "pairs", None)
     assert names == sorted(KINDS)
     s3.requests.clear()
@@ -202,6 +205,26 @@ def test_many_files_on_a_server_are_measured_by_one_listing(s3: FaultyServer, mo
     assert found.shards[1] == "pairs.jsonl@30720" and found.shards[-2:] == ["pairs.jsonl.gz", "pairs.parquet"]
     assert [request for request in s3.requests if request[0] == "HEAD"] == []
     assert everything(found) == ROWS * 3
+
+
+@pytest.mark.parametrize("name", ["pairs.arrow", "pairs.tar", "pairs.tar.gz"])
+def test_arrow_and_tar_by_url(web: FaultyServer, tmp_path: Path, name: str) -> None:
+    web.folder = tmp_path
+    if name == "pairs.arrow":
+        table = pa.Table.from_pylist(ROWS)
+        with pa.OSFile(str(tmp_path / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=300)
+    else:
+        with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as archive:
+            for row in ROWS[:200]:
+                member = tarfile.TarInfo(f"{row['n']:04}.json")
+                member.size = len(content := json.dumps(row).encode())
+                archive.addfile(member, io.BytesIO(content))
+    near = list(FileSource([str(tmp_path / name)], [name]).open(0, 0))
+    assert len(near) >= 200
+    for offset in (0, 150):
+        web.faults = [Fault("reset"), Fault(503), Fault("truncate")]
+        assert list(FileSource([f"{web.url}/{name}"], [name], retries=QUICK).open(0, offset)) == near[offset:]
 
 
 def test_retry_after_is_heeded_in_seconds_and_as_a_date(web: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:

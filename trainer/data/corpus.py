@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.lanes import Lane, Rules
 from trainer.data.order import Order
 from trainer.data.reader import BAD_RECORD, Encoder, RecordReader, ShardSequence
-from trainer.data.stages import Stage
+from trainer.data.stages import Changed, NeedsPass, Removed, Stage
 from trainer.data.stream import StreamData
 from trainer.errors import ConfigError
 from trainer.tasks import BadRecord, Encoded, PacksRows, Record, Task
@@ -22,7 +22,7 @@ from trainer.tasks import BadRecord, Encoded, PacksRows, Record, Task
 _log = logging.getLogger(__name__)
 
 _ENCODE_RECORDS = 512
-"""Records in one call of `task.encode` for an evaluation."""
+"""Records that a task or a stage gets at once."""
 
 _SURVEYED_RECORDS = 1000
 """Records at the beginning of the data by which the sides of packed rows are shaped."""
@@ -36,6 +36,11 @@ class EvaluationSample:
     record: Record
     encoded: Encoded
     task: Task
+
+
+def prefix_of(source: str) -> str:
+    """What the ids of a source begin with; nothing where it is the only one."""
+    return f"{source}/" if source else ""
 
 
 class Corpus:
@@ -127,7 +132,7 @@ class Stream:
         self._encoders = [
             Encoder(
                 number,
-                f"{name}/" if name else "",
+                prefix_of(name),
                 source,
                 tasks[name],
                 corpus.stages.get(name, ()),
@@ -136,7 +141,8 @@ class Stream:
             )
             for number, (name, source) in enumerate(zip(data.sources, self._sources, strict=True))
         ]
-        self._shard_order: Callable[[int, int], list[int]] = lru_cache(maxsize=4 * len(options))(self._epoch_order)
+        self.workers = data.workers
+        self._shard_orders: dict[tuple[int, int], list[int]] = {}
 
     def lane(self, index: int) -> Lane:
         """A new lane at the beginning; with `stride` 1 the only one, for the whole stream."""
@@ -149,8 +155,13 @@ class Stream:
     def _shards_of(self, source: int, lane: int) -> Callable[[int], Sequence[int]]:
         return lambda epoch: self._shard_order(source, epoch)[lane :: self.stride]
 
-    def _epoch_order(self, source: int, epoch: int) -> list[int]:
-        return self.rules.order.shards(len(self._sources[source].shards), epoch)
+    def _shard_order(self, source: int, epoch: int) -> list[int]:
+        """The order of an epoch's shards, kept for the lanes that follow."""
+        if (source, epoch) not in self._shard_orders:
+            self._shard_orders.pop((source, epoch - 2), None)
+            order = self.rules.order.shards(len(self._sources[source].shards), epoch)
+            self._shard_orders[source, epoch] = order
+        return self._shard_orders[source, epoch]
 
     def _choose_stride(self) -> int:
         """Lanes that read for themselves: all of them, or 1 where a source has too few shards. Says what that costs."""
@@ -198,6 +209,26 @@ class Stream:
                 " task's longest sample; raise it, or lower the task's maximum length."
             )
         return lengths
+
+
+def survey(stage: NeedsPass, before: Sequence[Stage], dataset: Dataset, prefix: str) -> Any:
+    """What a stage finds in a pass over the train split, as the stages `before` it leave the records.
+
+    prefix: what the ids of the source begin with.
+    """
+    _log.info("stage %s reads the train split of %s once", stage.name, dataset.path)
+    records: Iterator[tuple[str, Record]] = ((f"{prefix}{place}", record) for place, record in dataset.records("train"))
+    for one in before:
+        records = _through(one, records)
+    return stage.survey(records)
+
+
+def _through(stage: Stage, records: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
+    while part := list(islice(records, _ENCODE_RECORDS)):
+        results = stage.apply([place for place, _ in part], [record for _, record in part])
+        for (place, _), result in zip(part, results, strict=True):
+            if not isinstance(result, Removed):
+                yield place, result.record if isinstance(result, Changed) else result
 
 
 def _first_encoded(dataset: Dataset, task: Task) -> list[Encoded]:

@@ -20,6 +20,9 @@ __all__ = ["COMPRESSIONS", "FORMATS", "FileSource", "file_format"]
 SMALLEST, LARGEST = 1 << 20, 16 << 20
 """Bytes of a part of a file of lines; a resume scans no more than the largest, and cutting finer gains nothing."""
 
+_FEW = 8
+"""Fewer files than this in a folder on a server are asked for their sizes one by one, more of them by a listing."""
+
 _CUT = ("jsonl", "text", "parquet", "arrow")
 
 
@@ -106,8 +109,8 @@ def _cut_files(
             cuts = [Part(path, f"{name}@{begin}", begin, min(begin + step, size)) for begin in range(0, size, step)]
         parts += cuts
         if size is not None and len(cuts) * step < size:
-            pieces = "row group" if kind == "parquet" else "record batch"
-            reasons.append(f"{name} {reason or f'has no finer pieces than its {pieces}s'}")
+            pieces = "row groups" if kind == "parquet" else "record batches"
+            reasons.append(f"{name} {reason or f'has no finer pieces than its {pieces}'}")
     return parts, reasons[0] if reasons and len(parts) < min_shards else None
 
 
@@ -138,11 +141,11 @@ def _sizes(paths: Sequence[str], few: bool, retries: Retries | None) -> dict[str
     folders: dict[str, list[str]] = {}
     for path in paths:
         if is_remote(path):
-            folders.setdefault(path.rsplit("/", 1)[0], []).append(path)
+            folders.setdefault(path.rsplit("/", 1)[0] + "/", []).append(path)
         else:
             sizes[path] = os.path.getsize(path) if os.path.isfile(path) else None
     for folder, inside in folders.items():
-        if few:
+        if few or len(inside) < _FEW:
             sizes |= {path: _size(path, retries) for path in inside}
         elif not folder.startswith("http"):  # a page of links tells no sizes
             found, name = filesystem(folder, retries)

@@ -221,8 +221,9 @@ def _parquet(file: IO[bytes], part: Part, offset: int) -> Iterator[Record]:
             while first < end and offset >= parquet.metadata.row_group(first).num_rows:
                 offset -= parquet.metadata.row_group(first).num_rows
                 first += 1
-            if first < end:
-                yield from _rows_from(parquet.iter_batches(1024, row_groups=range(first, end)), offset)
+            for group in range(first, end):  # one by one: pyarrow reads all that it is asked for ahead
+                yield from _rows_from(parquet.iter_batches(1024, row_groups=[group]), offset)
+                offset = 0
     except pa.ArrowException as error:
         raise OSError(str(error)) from error
 

@@ -271,7 +271,9 @@ class Lane:
         """Complete the block at hand and put it in order; the next one can then be begun."""
         begin = self._position
         samples, rejected, following = self._reader.finish()
-        self._rows = self._arranged(sorted(samples, key=lambda sample: sample.key))  # whatever the order of shards was
+        if len(self._readers) == 1:
+            samples = sorted(samples, key=lambda sample: sample.key)  # whatever this epoch's order of shards is
+        self._rows = self._arranged(samples)
         if not self._told:
             self._rejected += rejected
             self._told = True

@@ -6,12 +6,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.lanes import Position, Row, Rules
+from trainer.data.dealers import make_dealers
+from trainer.data.lanes import Row, Rules
 from trainer.data.reader import Rejected
-from trainer.errors import ConfigError
 from trainer.tasks import PacksRows
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ NO_BATCH = StepBatch([], [], 0, 0, 0, 0, 0.0, {}, False, [], {})
 
 
 class Loader:
-    """Endless iterator over StepBatch; the global batches do not depend on the number of ranks or micro-batches.
+    """Endless iterator over StepBatch; the global batches do not depend on the number of ranks, workers or
+    micro-batches.
 
     With fewer shards than lanes every rank reads and encodes the whole source and keeps its share; a large source
     should have more. After the last epoch it goes on with empty steps, so that ranks that finish apart stay together.
@@ -59,25 +61,10 @@ class Loader:
 
     def __init__(self, stream: Stream, task: Task, plan: RunPlan, rank: int, prefetch: int = 2) -> None:
         """`prefetch`: steps prepared ahead, >= 1. Raises ConfigError where the lanes do not divide over the ranks."""
-        lanes = stream.rules.order.lanes
-        if lanes % plan.world_size:
-            fitting = ", ".join(str(size) for size in range(1, lanes + 1) if lanes % size == 0)
-            raise ConfigError(
-                f"data.lanes={lanes} does not divide over {plan.world_size} ranks: run on {fitting} ranks,"
-                f" or set data.lanes to a multiple of {plan.world_size} (which changes the order of the samples)."
-            )
         self._task = task
         self._plan = plan
-        self._rank = rank
         self._rules: Rules = stream.rules
-        self._stride = stream.stride
-        """Lanes that read for themselves; 1: a single reader for all of them."""
-        self._lanes = range(rank, lanes, plan.world_size)
-        self._readers = {index: stream.lane(index) for index in (self._lanes if self._stride > 1 else [0])}
-        self._tells = self._stride > 1 or rank == 0
-        """Whether this rank tells what its readers rejected; of ranks that read the same, one does."""
-        self._place = 0
-        """Place in the whole stream where the next step begins, the same on all ranks."""
+        self._dealers = make_dealers(stream, rank, plan.world_size, prefetch)
         self._queue: SimpleQueue[StepBatch] = SimpleQueue()
         self._slots = threading.Semaphore(prefetch)
         self._stop = False
@@ -86,10 +73,8 @@ class Loader:
     def load_lane_states(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         """Go on where `lane_states` of a step left off; `states` holds this rank's lanes or more. Before iterating."""
         assert self._thread is None, "the loader is already running"
-        for index, lane in self._readers.items():
-            state = dict(states[index if self._stride > 1 else self._rank])
-            self._place = state.pop("place")
-            lane.seek(Position.from_state(state), self._turn(index))
+        for dealer in self._dealers:
+            dealer.load_lane_states(states)
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Start the background thread and wait for each step in turn; what goes wrong there is a step's `failure`."""
@@ -99,9 +84,11 @@ class Loader:
         return self._consume()
 
     def close(self) -> None:
-        """End the background thread."""
+        """End the background thread and the workers."""
         self._stop = True
         self._slots.release()
+        for dealer in self._dealers:
+            dealer.close()
         if self._thread is not None:
             self._thread.join(
                 timeout=10
@@ -128,26 +115,13 @@ class Loader:
             self._queue.put(step)
 
     def _step(self) -> StepBatch:
-        world_size, rank_size = self._plan.world_size, self._plan.rank_size
-        first = self._place + (self._rank - self._place) % world_size
-        rows: list[Row] = []
-        for place in range(first, first + rank_size * world_size, world_size):
-            lane, turn = self._readers[place % self._stride], place // self._stride
-            row = lane.at(turn)
-            lane.work_ahead(turn)
-            if row is not None:
-                rows.append(row)
-        self._place += self._plan.global_size
-        if self._stride == 1 and self._tells:
-            self._readers[0].at(self._place - 1)  # begin on every block that another rank has begun on
+        dealt = [dealer.deal() for dealer in self._dealers]
+        rows = [row for _, row in sorted((item for one in dealt for item in one.rows), key=lambda item: item[0])]
         micro_batches = [
             self._collate(part) for part in split_micro_batches(rows, self._plan.micro_size, self._plan.micro_tokens)
         ]
         positions = [self._task.num_positions(batch) for batch in micro_batches]
         samples = [sample for row in rows for sample in row.samples]
-        turns = {index: self._turn(index) for index in self._readers}
-        states = {index: {**lane.state(turns[index]), "place": self._place} for index, lane in self._readers.items()}
-        rejected = [one for lane in self._readers.values() for one in lane.take_rejected()]
         return StepBatch(
             micro_batches=micro_batches,
             ids=[sample.id for sample in samples],
@@ -155,16 +129,12 @@ class Loader:
             num_target_tokens=sum(sample.encoded.num_target_tokens for sample in samples),
             num_positions=sum(number for number, _ in positions),
             num_padding=sum(padding for _, padding in positions),
-            epoch=sum(lane.epochs(turns[index]) for index, lane in self._readers.items()) / len(self._readers),
-            lane_states={index: states[index % self._stride] for index in self._lanes},
-            exhausted=not rows and all(lane.at(turns[index]) is None for index, lane in self._readers.items()),
-            rejected=rejected if self._tells else [],
-            counts=sum((Counter(lane.counts) for lane in self._readers.values()), Counter()) if self._tells else {},
+            epoch=sum(one.epoch for one in dealt) / len(dealt),
+            lane_states={lane: state for one in dealt for lane, state in one.lane_states.items()},
+            exhausted=all(one.exhausted for one in dealt),
+            rejected=[rejected for one in dealt for rejected in one.rejected],
+            counts=sum((Counter(one.counts) for one in dealt), Counter()),
         )
-
-    def _turn(self, index: int) -> int:
-        """The first turn of a reader at or after the place where the next step begins."""
-        return -((index - self._place) // self._stride)
 
     def _collate(self, rows: Sequence[Row]) -> Batch:
         if self._rules.row_lengths is None:
@@ -173,7 +143,15 @@ class Loader:
             assert isinstance(self._task, PacksRows), "the stream packs only for such tasks"
             packed = [[sample.encoded for sample in row.samples] for row in rows]
             batch = self._task.collate_rows(packed, self._rules.row_lengths)
-        return batch
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if _pins() else batch
+
+
+@cache
+def _pins() -> bool:
+    """Whether batches go to a GPU, which copies faster from pinned memory, and while it computes."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def split_micro_batches(rows: Sequence[Row], micro_size: int | None, micro_tokens: int | None) -> list[list[Row]]:

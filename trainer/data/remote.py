@@ -160,13 +160,14 @@ def retrying(action: Callable[[], T], path: str, retries: Retries | None = None)
         try:
             return action()
         except Exception as error:  # the libraries raise what they like
-            words, status = _words(error), _status(error)
+            told = _telling(error)
+            words, status = _words(told), _status(told)
             if not is_transient(error):
                 missing = status in (404, 410) or (status is None and isinstance(error, FileNotFoundError))
                 raise (FileNotFoundError if missing else OSError)(words) from error
             now = time.monotonic()
             first_fault = now if first_fault is None else first_fault
-            pause = max(min(wait, policy.longest_wait) * random.uniform(0.5, 1), _retry_after(error))
+            pause = max(min(wait, policy.longest_wait) * random.uniform(0.5, 1), _retry_after(told))
             if now + pause > first_fault + policy.total_seconds:
                 raise OSError(f"{words}; gave up after {num_tries} tries in {now - first_fault:.0f} s") from error
             _tell_once(path, words, policy)
@@ -186,28 +187,35 @@ def is_transient(error: BaseException) -> bool:
     chain = list(_chain(error))
     if any("certificate verify failed" in str(part).lower() for part in chain):
         return False
-    if any(_response(part).get("Error", {}).get("Code") in _TRANSIENT_S3 for part in chain):
+    if any(isinstance(part, socket.gaierror) and part.errno != socket.EAI_AGAIN for part in chain):
+        return False
+    return next((bool(verdict) for part in chain if (verdict := _may_pass(part)) is not None), False)
+
+
+def _may_pass(part: BaseException) -> bool | None:
+    """What one error of a chain says about it; None where it says nothing, as one that only wraps another."""
+    if _response(part).get("Error", {}).get("Code") in _TRANSIENT_S3:
         return True
-    status = _status(error)
+    status = _status(part)
     if status is not None:
         return status in _TRANSIENT_STATUS or status >= 500
-    for part in chain:
-        if isinstance(part, socket.gaierror):
-            return part.errno == socket.EAI_AGAIN
-        names = {f"{base.__module__.split('.')[0]}.{base.__name__}" for base in type(part).__mro__}
-        if isinstance(part, ConnectionError | TimeoutError | _CutShort) or names & _TRANSIENT_CLASSES:
-            inner = part.__cause__ or part.__context__
-            return not isinstance(inner, socket.gaierror) or inner.errno == socket.EAI_AGAIN
-        if isinstance(part, OSError) and part.errno in _TRANSIENT_ERRNO:
-            return True
-    return False
+    names = {f"{base.__module__.split('.')[0]}.{base.__name__}" for base in type(part).__mro__}
+    passing = (
+        isinstance(part, ConnectionError | TimeoutError | socket.gaierror | _CutShort) or names & _TRANSIENT_CLASSES
+    )
+    return True if passing or (isinstance(part, OSError) and part.errno in _TRANSIENT_ERRNO) else None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes."""
+    """An error and what led to it; s3fs fails on some of its own time-outs, which are then but the context."""
     while error is not None:
         yield error
-        error = error.__cause__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _telling(error: BaseException) -> BaseException:
+    """The error of the chain that says what happened."""
+    return next((part for part in _chain(error) if _may_pass(part) is not None), error)
 
 
 def _response(error: BaseException) -> dict[str, Any]:
@@ -216,48 +224,46 @@ def _response(error: BaseException) -> dict[str, Any]:
     return response if isinstance(response, dict) else {}
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error or one of its causes carries."""
-    for part in _chain(error):
-        for value in (
-            getattr(part, "status", None),
-            getattr(getattr(part, "response", None), "status_code", None),
-            _response(part).get("ResponseMetadata", {}).get("HTTPStatusCode"),
-        ):
-            if isinstance(value, int) and value >= 400:
-                return value
+def _status(part: BaseException) -> int | None:
+    """The HTTP status that an error carries."""
+    for value in (
+        getattr(part, "status", None),
+        getattr(getattr(part, "response", None), "status_code", None),
+        _response(part).get("ResponseMetadata", {}).get("HTTPStatusCode"),
+    ):
+        if isinstance(value, int) and value >= 400:
+            return value
     return None
 
 
-def _retry_after(error: BaseException) -> float:
+def _retry_after(part: BaseException) -> float:
     """Seconds that the server asks to wait (`Retry-After` in seconds or as a date); 0 where it does not."""
-    for part in _chain(error):
-        headers = (
-            getattr(part, "headers", None)
-            or getattr(getattr(part, "response", None), "headers", None)
-            or _response(part).get("ResponseMetadata", {}).get("HTTPHeaders")
-            or {}
-        )
-        value = headers.get("Retry-After") or headers.get("retry-after")
-        if value and value.strip().isdigit():
-            return float(value)
-        if value:
-            try:
-                return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-            except ValueError:
-                return 0.0
-    return 0.0
+    headers = (
+        getattr(part, "headers", None)
+        or getattr(getattr(part, "response", None), "headers", None)
+        or _response(part).get("ResponseMetadata", {}).get("HTTPHeaders")
+        or {}
+    )
+    value = headers.get("Retry-After") or headers.get("retry-after") or "0"
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
-def _words(error: BaseException) -> str:
+def _words(part: BaseException) -> str:
     """What happened, in one line without secrets."""
-    status = _status(error)
+    status = _status(part)
     if status is not None:
         known = status in {entry.value for entry in http.HTTPStatus}
         return f"HTTP {status} {http.HTTPStatus(status).phrase}" if known else f"HTTP {status}"
-    if isinstance(error, FileNotFoundError):
-        error = error.__cause__ or FileNotFoundError("no such file")
-    return redacted(str(error)).strip() or type(error).__name__
+    if isinstance(part, FileNotFoundError):
+        return "no such file"
+    return redacted(str(part)).strip() or type(part).__name__
 
 
 class _CutShort(OSError):
@@ -268,12 +274,12 @@ class _RemoteFile(io.RawIOBase):
     """A file by URL that knows its place and goes on from there after a fault. `streamed`: the server has no ranges."""
 
     def __init__(self, path: str, retries: Retries) -> None:
+        self._body: Any = None
         self._path = path
         self._retries = retries
         self._filesystem, self._name = filesystem(path, retries)
         self._place = 0
         self._most = _REQUEST_MOST
-        self._body: Any = None
         self._size: int | None = None
         self.streamed = False
         retrying(self._connect, path, retries)

@@ -57,6 +57,7 @@ class StreamData:
         batching: Batching = "bucketed",
         row_length: int | Sequence[int] | None = None,
         stages: Sequence[Mapping[str, Any]] = (),
+        workers: int = 0,
         on_bad_record: OnBadRecord = "skip",
         max_bad_fraction: float = 0.01,
         trace: bool = False,
@@ -66,14 +67,16 @@ class StreamData:
         path to test: see `Dataset`; sources: `SourceOptions` by name; mix_by: what weights count; lanes: logical
         streams, which the ranks must divide; block: records of a lane that are shuffled and batched together; batching:
         see `Batching`; row_length: positions of a packed row, one number or one for each side, None = by the task;
-        stages: parts, see `trainer.data.stages`; on_bad_record, max_bad_fraction: what follows a record that cannot be
-        used, and how many may be skipped; trace: keep the ids of all samples.
+        stages: parts, see `trainer.data.stages`; workers: processes of each rank that read and encode, 0 = a thread;
+        on_bad_record, max_bad_fraction: what follows a record that cannot be used, and how many may be skipped; trace:
+        keep the ids of all samples.
         """
         problems = [
             f"data.{key}={value} must be at least 1."
             for key, value in (("lanes", lanes), ("block", block))
             if value < 1
         ]
+        problems += [f"data.workers={workers} must be 0 or more."] if workers < 0 else []
         problems += _not_among("data.batching", batching, Batching) + _not_among("data.mix_by", mix_by, MixBy)
         problems += _not_among("data.on_bad_record", on_bad_record, OnBadRecord)
         if not 0 <= max_bad_fraction <= 1:
@@ -102,6 +105,7 @@ class StreamData:
         self.batching = batching
         self.row_length = row_length
         self.stages = stages
+        self.workers = workers
         self.max_bad_fraction = max_bad_fraction if on_bad_record == "skip" else 0.0
         self.trace = trace
 

@@ -97,6 +97,10 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"This is not a tokenizer.json: {error}") from error
 
+    def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
+        """To another process: the backend's own pickle forgets some settings."""
+        return Tokenizer.from_json, (self._json,)
+
     @property
     def sha256(self) -> str:
         """SHA-256 of `to_json()` in UTF-8, which is also that of the file `save` writes."""
