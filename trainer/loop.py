@@ -85,8 +85,8 @@ def due(step: int, every: int) -> bool:
 def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tuple[TrainState, Outcome]:
     """Train from `state` until a reason to stop, and leave a checkpoint of the last step.
 
-    lanes: positions of this rank's data lanes at `state`. Called by all ranks together; all return the same, but that
-    a rank whose data broke raises what broke them, after the checkpoint.
+    lanes: positions of this rank's data lanes at `state`. Called by all ranks together; all return the same. Where the
+    data of any rank broke, all raise after the checkpoint: that rank what broke them, the others DataError.
     """
     config, batches = training.config, iter(training.loader)
     batch = NO_BATCH
@@ -115,8 +115,8 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
             _save(training, state, lanes)
     if state.step > 0:
         _save(training, state, lanes)
-    if batch.failure is not None:
-        raise batch.failure
+    if outcome.status == "failed":
+        raise batch.failure or DataError(outcome.reason)
     return state, outcome
 
 
