@@ -177,7 +177,15 @@ _FREE = (
         "logging",
         "debug",
     ),
-    *("engine", "batch.micro_size", "batch.micro_tokens", "data.trace", "data.max_bad_fraction", "data.on_bad_record"),
+    *(
+        "engine",
+        "batch.micro_size",
+        "batch.micro_tokens",
+        "data.trace",
+        "data.workers",
+        "data.max_bad_fraction",
+        "data.on_bad_record",
+    ),
 )
 """Keys, with all below them, that may change when a run goes on: what a step learns does not depend on them."""
 

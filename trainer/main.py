@@ -15,6 +15,7 @@ from trainer.build import build, check_parts
 from trainer.checkpoint.load import load, newest
 from trainer.config import Config, config_to_dict, to_config
 from trainer.data.corpus import Stream
+from trainer.data.dealers import make_dealers
 from trainer.data.loader import Loader
 from trainer.engine.ds_config import make_ds_config
 from trainer.evaluate import Evaluation, evaluate
@@ -83,7 +84,8 @@ def assemble(
         twin = build_model()
     check_fit(config, task, twin, tokenizer)
     stream = Stream(corpus, config.seed, config.batch.global_size, config.stop.epochs)
-    loader = Loader(stream, task, plan, distributed.rank())
+    dealers = make_dealers(stream, distributed.rank(), plan.world_size)
+    loader = Loader(dealers, task, plan, stream.row_lengths)
     blank = blank_of(task.collate([corpus.first_sample()]))
     checkpoint = newest(directory.checkpoints)
 

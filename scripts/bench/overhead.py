@@ -25,6 +25,7 @@ from trainer.build import build
 from trainer.composition import compose
 from trainer.config import to_config
 from trainer.data.corpus import Stream
+from trainer.data.dealers import make_dealers
 from trainer.data.loader import Loader
 from trainer.guards.signals import StopRequest
 from trainer.loop import fit
@@ -94,7 +95,7 @@ def measure(words: list[str], pairs: int, steps: int) -> list[float]:
         bare = BareLoop(training, lambda: build(config.model, "model"), dtype)
         loader = iter(training.loader)
         stream = Stream(training.corpus, config.seed, config.batch.global_size)
-        same = iter(Loader(stream, training.task, training.plan, 0))
+        same = iter(Loader(make_dealers(stream, 0, 1), training.task, training.plan))
         ratios = []
         for pair in range(pairs + 1):
             batches = [next(same).micro_batches for _ in range(steps + 1)][1:]

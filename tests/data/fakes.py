@@ -11,6 +11,7 @@ import numpy as np
 
 from trainer.data.corpus import Corpus, Stream
 from trainer.data.dataset import Dataset
+from trainer.data.dealers import make_dealers
 from trainer.data.loader import Loader, StepBatch
 from trainer.data.stream import StreamData
 from trainer.plan import RunPlan
@@ -129,7 +130,8 @@ def loader_of(
     task = task or LengthTask()
     corpus = Corpus(data, dict.fromkeys(data.datasets, task), {name: stages(name) for name in data.datasets})
     stream = Stream(corpus, seed, global_size, epochs)
-    return Loader(stream, task, plan(global_size, world_size, micro_size, micro_tokens), rank)
+    run_plan = plan(global_size, world_size, micro_size, micro_tokens)
+    return Loader(make_dealers(stream, rank, world_size), task, run_plan, stream.row_lengths)
 
 
 def steps_of(

@@ -7,9 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.fakes import LengthTask, MemorySource, loader_of, memory_data, plan, steps_of
-from trainer.data.corpus import Corpus, Stream
-from trainer.data.loader import Loader
+from tests.data.fakes import LengthTask, MemorySource, loader_of, memory_data, steps_of
 from trainer.data.packing import pack
 from trainer.data.stream import StreamData
 from trainer.data.tokenizer import TrainedTokenizer
@@ -37,8 +35,7 @@ def test_every_sample_is_in_one_row_that_holds_it(drawn: tuple[int, list[list[in
 
 def fill_of(data: StreamData, task: CausalLM | Translation, steps: int) -> tuple[float, set[tuple[int, ...]]]:
     """Share of positions that are no padding, and the shapes of the batches."""
-    stream = Stream(Corpus(data, {"": task}), seed=0, global_size=48)
-    loader = Loader(stream, task, plan(48), rank=0)
+    loader = loader_of(data, task, global_size=48)
     iterator = iter(loader)
     dealt = [next(iterator) for _ in range(steps)]
     loader.close()

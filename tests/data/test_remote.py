@@ -118,16 +118,18 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("kind", FAULTS)
-def test_faults_that_pass_change_no_record(place: Any, kind: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    place.server.faults = [FAULTS[kind]] * (2 if kind == "stall" else 3)
-    reading = source(place, name).open(0, 700)
-    first = next(reading)
-    place.server.faults += [FAULTS[kind]]
-    assert [first, *reading] == ROWS[700:]
-    assert place.server.faults == []
+def test_faults_that_pass_change_no_record(place: Any, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    found = source(place, name)
+    for kind, fault in FAULTS.items():
+        place.server.faults = [fault] * (1 if kind == "stall" else 3)
+        reading = found.open(0, 700)
+        first = next(reading)
+        place.server.faults += [fault]
+        assert [first, *reading] == ROWS[700:], kind
+        assert place.server.faults == [], kind
     told = [record.getMessage() for record in caplog.records if record.name == remote.__name__]
-    assert len(told) == len(set(told)) >= 1 and f"{place.prefix}/{name}: " in told[0]
+    assert all(message.startswith(f"{place.prefix}/{name}: ") for message in told)
+    assert len(told) == len(set(told)) >= 4, "each kind of fault is told, and once"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -150,11 +152,13 @@ def test_a_server_that_stays_ill_is_an_error_after_which_the_rest_can_be_read(pl
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_faults_that_do_not_pass_fail_at_once(place: Any, status: int) -> None:
+    found = source(place, "pairs.jsonl")
     place.server.always = Fault(status)
+    place.server.requests.clear()
     begin = time.monotonic()
-    with pytest.raises(DataError, match=r"pairs.jsonl: cannot be read at record 5"):
-        next(source(place, "pairs.jsonl", min_shards=0).open(0, 5))
-    assert time.monotonic() - begin < 5 and len(place.server.requests) < 8
+    with pytest.raises(DataError, match=r"pairs.jsonl: cannot be read at record 5: (HTTP 40[134]|no such file)"):
+        next(found.open(0, 5))
+    assert time.monotonic() - begin < 5 and len(place.server.requests) < 4
 
 
 def test_a_line_that_breaks_in_every_other_body_still_arrives(web: FaultyServer) -> None:
@@ -162,11 +166,12 @@ def test_a_line_that_breaks_in_every_other_body_still_arrives(web: FaultyServer)
     assert everything(FileSource([f"{web.url}/pairs.jsonl"], ["x"], retries=QUICK)) == ROWS
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("sizes", [True, False])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    # nobody finds the end of a Parquet file whose size is not told
+    [*((name, True) for name in KINDS), ("pairs.jsonl", False), ("pairs.jsonl.gz", False)],
+)
 def test_a_server_without_ranges_is_read_from_its_beginning_again(web: FaultyServer, name: str, sizes: bool) -> None:
-    if name == "pairs.parquet" and not sizes:
-        pytest.skip("nobody can find the end of such a file")
     web.ranges, web.sizes = False, sizes
     place = SimpleNamespace(server=web, prefix=web.url)
     reading = source(place, name).open(0, 300)
@@ -254,14 +259,15 @@ def test_pauses_double_and_vary_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -
     assert all(limit / 2 <= pause <= limit for pause, limit in zip(pauses, most, strict=True))
 
 
-def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "faults"), [(9000, [Fault("reset")]), (3000, [])])
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, count: int, faults: list[Fault]) -> None:
     (tmp_path / "x.jsonl").write_text('{"n": 1}\n' * 8000)
     with serving(FaultyServer(tmp_path)) as server:
         reading = FileSource([f"{server.url}/x.jsonl"], ["x.jsonl"], retries=QUICK).open(0, 0)
         next(reading)
-        (tmp_path / "x.jsonl").write_text('{"n": 2}\n' * 9000)
-        server.faults = [Fault("reset")]
-        with pytest.raises(DataError, match="changed while it was read: it had 72000 bytes and has 81000 now"):
+        (tmp_path / "x.jsonl").write_text('{"n": 2}\n' * count)
+        server.faults = list(faults)
+        with pytest.raises(DataError, match=f"changed while it was read: it had 72000 bytes and has {count * 9} now"):
             list(reading)
 
 

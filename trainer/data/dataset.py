@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from trainer.data.files import FORMATS, FileSource
 from trainer.data.hub import HubSource
 from trainer.data.locate import expand, find_files, is_hub
+from trainer.data.remote import redacted
 from trainer.data.sources import Source, column, column_paths
 from trainer.errors import ConfigError, DataError
 from trainer.tasks import BadRecord, Record
@@ -43,6 +44,7 @@ class Dataset:
                 f"{key}.format={format} is not known; use {', '.join(formats)}, or null to go by the suffix."
             )
         self.path = path
+        self._told = f"{key}.path={redacted(path)}"
         self._key = key
         self._name = name
         self._format = format
@@ -66,8 +68,7 @@ class Dataset:
                 column(record, name)
             except KeyError:
                 raise DataError(
-                    f"{self._key}.path={self.path}, split {split}: no column {name};"
-                    f" there are {', '.join(column_paths(record))}."
+                    f"{self._told}, split {split}: no column {name}; there are {', '.join(column_paths(record))}."
                 ) from None
 
     def records(self, split: str) -> Iterator[tuple[str, Record]]:
@@ -98,16 +99,13 @@ class Dataset:
             raise DataError(f"There is no split {split}; the splits are {', '.join(self._splits)}.")
         value = self._splits[split]
         if value is None:
-            raise DataError(
-                f"{self._key}.{split} is null: the data set {self._key}.path={self.path} has no such split."
-            )
+            raise DataError(f"{self._key}.{split} is null: the data set {self._told} has no such split.")
         path = expand(self.path)
         if self._format == "hub" or (self._format is None and is_hub(path)):
             return HubSource(path, self._name, value, self._min_shards)
         if self._name is not None:
             raise DataError(
-                f"{self._key}.name={self._name} is for hub data sets, but {self._key}.path={self.path} is a file or"
-                " folder."
+                f"{self._key}.name={self._name} is for hub data sets, but {self._told} is a file or folder."
             )
         paths, names = find_files(path, split, value, self._format)
         return FileSource(paths, names, self._format, self._min_shards if split == "train" else 1)
@@ -118,8 +116,8 @@ class Dataset:
             for record in source.open(index, 0):
                 if isinstance(record, BadRecord):
                     raise DataError(
-                        f"{self._key}.path={self.path}, split {split}: the first record of {name} cannot be read:"
+                        f"{self._told}, split {split}: the first record of {name} cannot be read:"
                         f" {record.reason}. Is the file what its name or {self._key}.format says?"
                     )
                 return record
-        raise DataError(f"{self._key}.path={self.path}, split {split}: empty ({', '.join(source.shards[:5])}).")
+        raise DataError(f"{self._told}, split {split}: empty ({', '.join(source.shards[:5])}).")

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from trainer.data.corpus import Stream
 
 
+_STEPS_AHEAD = 2
+"""Steps that a worker prepares before they are asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dealt:
     """What a dealer gives to a step: rows by their place in the stream, and the rest as in `StepBatch`."""
@@ -43,7 +47,7 @@ class Dealer(Protocol):
         """End what runs beside this process."""
 
 
-def make_dealers(stream: Stream, rank: int, world_size: int, prefetch: int) -> Sequence[Dealer]:
+def make_dealers(stream: Stream, rank: int, world_size: int) -> Sequence[Dealer]:
     """The dealers of a rank, which share its lanes as ranks share all of them.
 
     Raises ConfigError where lanes do not divide.
@@ -60,7 +64,7 @@ def make_dealers(stream: Stream, rank: int, world_size: int, prefetch: int) -> S
         )
     if not workers:
         return [LocalDealer(stream, rank, world_size)]
-    return [WorkerDealer(stream, rank + world_size * worker, parts, prefetch) for worker in range(workers)]
+    return [WorkerDealer(stream, rank + world_size * worker, parts) for worker in range(workers)]
 
 
 class LocalDealer:
@@ -126,10 +130,9 @@ class LocalDealer:
 class WorkerDealer:
     """A LocalDealer in a process of its own, some steps ahead."""
 
-    def __init__(self, stream: Stream, index: int, count: int, prefetch: int) -> None:
-        """`prefetch`: steps ahead. The process starts at the first deal."""
+    def __init__(self, stream: Stream, index: int, count: int) -> None:
+        """The process starts at the first deal."""
         self._arguments = stream, index, count
-        self._prefetch = prefetch
         self._states: Mapping[int, Mapping[str, Any]] | None = None
         self._process: multiprocessing.process.BaseProcess | None = None
 
@@ -164,7 +167,7 @@ class WorkerDealer:
         )
         self._process.start()
         theirs.close()
-        for _ in range(self._prefetch):
+        for _ in range(_STEPS_AHEAD):
             self._connection.send(None)
 
     def close(self) -> None:

@@ -10,13 +10,12 @@ from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.dealers import make_dealers
-from trainer.data.lanes import Row, Rules
-from trainer.data.reader import Rejected
 from trainer.tasks import PacksRows
 
 if TYPE_CHECKING:
-    from trainer.data.corpus import Stream
+    from trainer.data.dealers import Dealer
+    from trainer.data.lanes import Row
+    from trainer.data.reader import Rejected
     from trainer.plan import RunPlan
     from trainer.tasks import Batch, Task
 
@@ -59,12 +58,20 @@ class Loader:
     should have more. After the last epoch it goes on with empty steps, so that ranks that finish apart stay together.
     """
 
-    def __init__(self, stream: Stream, task: Task, plan: RunPlan, rank: int, prefetch: int = 2) -> None:
-        """`prefetch`: steps prepared ahead, >= 1. Raises ConfigError where the lanes do not divide over the ranks."""
+    def __init__(
+        self,
+        dealers: Sequence[Dealer],
+        task: Task,
+        plan: RunPlan,
+        row_lengths: tuple[int, ...] | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        """dealers: of this rank; row_lengths: of packed rows, None = nothing is packed; prefetch: steps prepared ahead,
+        >= 1."""
+        self._dealers = dealers
         self._task = task
         self._plan = plan
-        self._rules: Rules = stream.rules
-        self._dealers = make_dealers(stream, rank, plan.world_size, prefetch)
+        self._row_lengths = row_lengths
         self._queue: SimpleQueue[StepBatch] = SimpleQueue()
         self._slots = threading.Semaphore(prefetch)
         self._stop = False
@@ -137,12 +144,12 @@ class Loader:
         )
 
     def _collate(self, rows: Sequence[Row]) -> Batch:
-        if self._rules.row_lengths is None:
+        if self._row_lengths is None:
             batch = self._task.collate([sample.encoded for row in rows for sample in row.samples])
         else:
             assert isinstance(self._task, PacksRows), "the stream packs only for such tasks"
             packed = [[sample.encoded for sample in row.samples] for row in rows]
-            batch = self._task.collate_rows(packed, self._rules.row_lengths)
+            batch = self._task.collate_rows(packed, self._row_lengths)
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if _pins() else batch
 
 

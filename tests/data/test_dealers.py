@@ -1,0 +1,68 @@
+"""Workers deal what a thread would deal, end with the loader, and a dead one is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.data.fakes import LengthTask, MemorySource, loader_of, memory_data, merged, saved, steps_of
+from trainer.errors import ConfigError, DataError
+from trainer.tasks import BadRecord, Encoded, Record
+
+
+class Burst(LengthTask):
+    """Fails at the first record of 9 positions."""
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
+        if any(record["length"] == 9 for record in records):
+            raise RuntimeError("the task broke")
+        return super().encode(records)
+
+
+def data_with(workers: int, sizes: Sequence[int] = (30,) * 30, **options: Any) -> Any:
+    return memory_data(MemorySource(sizes), lanes=24, block=8, workers=workers, **options)
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize("batching", ["bucketed", "packed"])
+@pytest.mark.parametrize("sizes", [(30,) * 30, (900,)])
+def test_workers_change_nothing_before_and_after_a_resume(sizes: tuple[int, ...], batching: str) -> None:
+    whole = steps_of(data_with(0, sizes, batching=batching), 8)
+    first = steps_of(data_with(3, sizes, batching=batching), 5)
+    rest = steps_of(data_with(2, sizes, batching=batching), 3, world_size=2, states=saved(first))
+    assert merged(first) == merged(whole)[:5]
+    ids = [sorted(id for step in steps for id in step.ids) for steps in zip(*rest, strict=True)]
+    assert ids == [sorted(step) for step in merged(whole)[5:]]
+    assert not children()
+
+
+def test_what_breaks_in_a_worker_is_told() -> None:
+    loader = loader_of(data_with(2), Burst())
+    (failure,) = (step.failure for step in islice(loader, 1))
+    loader.close()
+    assert isinstance(failure, RuntimeError) and "the task broke" in str(failure)
+
+
+def test_a_worker_that_dies_is_named() -> None:
+    loader = loader_of(data_with(1))
+    steps = iter(loader)
+    next(steps)
+    (worker,) = children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=rf"process {worker.pid} has died \(exit code -9"):
+        list(steps)
+    loader.close()
+
+
+def test_lanes_that_do_not_divide_over_workers_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.lanes=24 does not divide over 1 ranks x data.workers=5: run on 1, 2,"):
+        loader_of(data_with(5))
