@@ -8,8 +8,10 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import boto3
 import pytest
 
+from tests.data.servers import Fault, FaultyServer, serving
 from trainer.data.corpora import __path__ as corpora
 
 with gzip.open(Path(corpora[0]) / "homeassistant_en_de" / "train.jsonl.gz", "rt") as lines:
@@ -138,3 +140,53 @@ def test_a_packed_mixture_gives_one_curve_on_any_ranks_and_workers(run_trainer, 
         assert seen(runs_dir / name) == seen(runs_dir / "one")
     shares = Counter(id.split("/")[0] for id in seen(runs_dir / "one").elements())
     assert shares["a"] / shares.total() == pytest.approx(0.7, abs=0.03)
+
+
+class GoesDown(FaultyServer):
+    """Answers nothing but 503 once a file whose name holds `last` has been asked for, until it is `well`."""
+
+    last = "train-05"
+    well = False
+
+    def next_fault(self, method: str) -> Fault | None:
+        down = not self.well and any(self.last in path and method == "GET" for method, path, _ in self.requests)
+        return Fault(503) if down else None
+
+
+@pytest.mark.timeout(300)
+def test_a_storage_server_that_goes_down_costs_nothing_but_time(run_trainer, tmp_path):
+    """S3 (moto) behind a proxy that fails in mid-run: the run saves, names the URL and ends; later it goes on."""
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    try:
+        with serving(GoesDown(upstream=(host, port))) as server:
+            client = boto3.client(
+                "s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+                aws_access_key_id="me", aws_secret_access_key="secret",
+            )  # fmt: skip
+            client.create_bucket(Bucket="pairs")
+            for number in range(10):
+                rows = PAIRS[100 * number : 100 * (number + 1)]
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                client.put_object(Bucket="pairs", Key=f"train-{number:02d}.jsonl.gz", Body=gzip.compress(text.encode()))
+            words = [
+                *TINY, "data.path=s3://pairs/train-*.jsonl.gz", "data.validation=null", "data.test=null",
+                "data.lanes=2", "data.block=24", "data.shuffle=false", "stop.epochs=1", "steps=100",
+                "data.retry_seconds=1", "tokenizer.max_records=300",
+            ]  # fmt: skip
+            env = {**keys, "AWS_ENDPOINT_URL": server.url, "AWS_EC2_METADATA_DISABLED": "true"}
+            done = run_trainer(words, env=env)
+            run = done.runs_dir / "run"
+            assert done.returncode == 2 and "Traceback" not in done.output
+            assert "train-05.jsonl.gz: cannot be read at record 0" in done.stderr and "s3://pairs" in done.stderr
+            step = json.loads((run / "status.json").read_text())["step"]
+            assert step > 3 and (run / "checkpoints" / f"step_{step:08d}").is_dir()
+            server.well = True
+            run_trainer(words, env=env).check()
+        assert set(seen(run).values()) == {1} and len(seen(run)) == 1000
+    finally:
+        moto.stop()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from trainer.data.files import FORMATS, FileSource
 from trainer.data.hub import HubSource
 from trainer.data.locate import expand, find_files, is_hub
-from trainer.data.remote import redacted
+from trainer.data.remote import Retries, redacted
 from trainer.data.sources import Source, column, column_paths
 from trainer.errors import ConfigError, DataError
 from trainer.tasks import BadRecord, Record
@@ -31,12 +31,14 @@ class Dataset:
         validation: str | None = "validation",
         test: str | None = "test",
         min_shards: int = 1,
+        retries: Retries | None = None,
     ) -> None:
         """Nothing is opened yet. Raises ConfigError for a format that is not known.
 
         key: its place in the configuration, for messages; name: configuration of a hub data set; format: one of
         FORMATS or hub (None: by suffix); train, validation, test: names of splits or file globs (None: there is none);
-        min_shards: fewer shards are cut into more, where their format can be cut.
+        min_shards: fewer shards are cut into more, where their format can be cut; retries: how faults of servers are
+        waited out, None = as `set_retries` says.
         """
         formats = [*dict.fromkeys(FORMATS.values()), "hub"]
         if format is not None and format not in formats:
@@ -50,6 +52,7 @@ class Dataset:
         self._format = format
         self._splits = dict(zip(SPLITS, (train, validation, test), strict=True))
         self._min_shards = min_shards
+        self._retries = retries
         self._opened: dict[str, tuple[Source, Record]] = {}
 
     def has(self, split: str) -> bool:
@@ -108,7 +111,7 @@ class Dataset:
                 f"{self._key}.name={self._name} is for hub data sets, but {self._told} is a file or folder."
             )
         paths, names = find_files(path, split, value, self._format)
-        return FileSource(paths, names, self._format, self._min_shards if split == "train" else 1)
+        return FileSource(paths, names, self._format, self._min_shards if split == "train" else 1, self._retries)
 
     def _first_record(self, split: str, source: Source) -> Record:
         """The first record, which shows that a split is there and is what it is said to be."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from trainer.data.dataset import Dataset
 from trainer.data.mixture import AtEnd, MixBy, Mixture
 from trainer.data.order import Batching
+from trainer.data.remote import Retries, set_retries
 from trainer.errors import ConfigError
 from trainer.wording import did_you_mean
 
@@ -58,6 +59,7 @@ class StreamData:
         row_length: int | Sequence[int] | None = None,
         stages: Sequence[Mapping[str, Any]] = (),
         workers: int = 0,
+        retry_seconds: float = 300,
         on_bad_record: OnBadRecord = "skip",
         max_bad_fraction: float = 0.01,
         trace: bool = False,
@@ -68,7 +70,8 @@ class StreamData:
         streams, which the ranks must divide; block: records of a lane that are shuffled and batched together; batching:
         see `Batching`; row_length: positions of a packed row, one number or one for each side, None = by the task;
         stages: parts, see `trainer.data.stages`; workers: processes of each rank that read and encode, 0 = a thread;
-        on_bad_record, max_bad_fraction: what follows a record that cannot be used, and how many may be skipped; trace:
+        retry_seconds: how long faults of servers are waited out, in this whole process; on_bad_record,
+        max_bad_fraction: what follows a record that cannot be used, and how many may be skipped; trace:
         keep the ids of all samples.
         """
         problems = [
@@ -76,7 +79,11 @@ class StreamData:
             for key, value in (("lanes", lanes), ("block", block))
             if value < 1
         ]
-        problems += [f"data.workers={workers} must be 0 or more."] if workers < 0 else []
+        problems += [
+            f"data.{key}={value} must be 0 or more."
+            for key, value in (("workers", workers), ("retry_seconds", retry_seconds))
+            if value < 0
+        ]
         problems += _not_among("data.batching", batching, Batching) + _not_among("data.mix_by", mix_by, MixBy)
         problems += _not_among("data.on_bad_record", on_bad_record, OnBadRecord)
         if not 0 <= max_bad_fraction <= 1:
@@ -88,12 +95,14 @@ class StreamData:
         if not sources:
             options = {"": SourceOptions(path or "", name, format, train, validation, test)}
         self.sources = {name: one for name, one in options.items() if one is not None}
+        retries = Retries(total_seconds=retry_seconds)
+        set_retries(retries)
         self.datasets: dict[str, Dataset] = {}
         for name, one in self.sources.items():
             split_names = one.train, one.validation, one.test
             key = f"data.sources.{name}" if name else "data"
             try:
-                self.datasets[name] = Dataset(key, one.path, one.name, one.format, *split_names, min_shards=lanes)
+                self.datasets[name] = Dataset(key, one.path, one.name, one.format, *split_names, lanes, retries)
             except ConfigError as error:
                 problems += error.problems
         if problems:
