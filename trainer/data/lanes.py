@@ -156,29 +156,37 @@ class BlockReader:
         return self._samples, self._rejected, replace(following, block=0)
 
     def _draw(self) -> None:
+        if len(self._readers) == 1:
+            self._take(0)
+            return
         mixture = self._rules.mixture
-        single = len(self._readers) == 1
         active = self._rules.active(self._places)
-        if not single and mixture.phase(self._step(self._fill)) != self._phase and self._samples:
+        if mixture.phase(self._step(self._fill)) != self._phase and self._samples:
             self._complete = True  # other weights hold from here on
             return
-        source = 0 if single else mixture.choose(self._credits, active, self._phase)
-        epoch = self._places[source][0]
+        source = mixture.choose(self._credits, active, self._phase)
+        samples = self._take(source)
+        if samples:
+            self._fill += sum(map(self._share_of_row, samples))
+            units = sum(sample.encoded.num_target_tokens for sample in samples) if mixture.by == "tokens" else 1
+            self._credits = mixture.charge(self._credits, active, self._phase, source, float(units))
+
+    def _take(self, source: int) -> list[Sample]:
+        """Draw from one source; no samples where it gave none."""
         drawn = self._readers[source].draw()
+        ended = drawn.after[0] > self._places[source][0]
         self._places[source] = drawn.after
         self._rejected += drawn.rejected
-        self._changed.update(drawn.changed)
+        if drawn.changed:
+            self._changed.update(drawn.changed)
         if drawn.samples:
             self._samples += drawn.samples
             self._num_drawn += 1
-            if not single:
-                self._fill += sum(map(self._share_of_row, drawn.samples))
-                units = float(sum(sample.encoded.num_target_tokens for sample in drawn.samples))
-                units = units if mixture.by == "tokens" else 1.0
-                self._credits = mixture.charge(self._credits, active, self._phase, source, units)
-        elif drawn.after[0] > epoch:
-            self._complete = single or self._rules.finished(replace(self._position, places=tuple(self._places)))
-        self._complete = self._complete or self._num_drawn >= self._block
+            self._complete = self._num_drawn >= self._block
+        elif ended:
+            places = tuple(self._places)
+            self._complete = len(places) == 1 or self._rules.finished(replace(self._position, places=places))
+        return drawn.samples
 
     def _share_of_row(self, sample: Sample) -> float:
         lengths = self._rules.row_lengths

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
 
 from trainer.data.sources import Source
 from trainer.data.stages import Changed, Removed, Stage
@@ -32,7 +35,7 @@ class Sample:
     """A record, or a piece of one, made ready for batching, and where it came from.
 
     id: "shard:record", of a later piece "shard:record#piece"; key: sorts samples as their records stand in the data;
-    lengths: sort key of bucketing; sides: positions it takes on each side of a packed row (empty if not packed).
+    lengths: sort key of bucketing (empty if packed); sides: positions on each side of a packed row (empty if not).
     """
 
     id: str
@@ -59,9 +62,9 @@ class Drawn:
     part. What is rejected or changed is told in the first epoch alone."""
 
     samples: list[Sample]
-    rejected: list[Rejected]
-    changed: Counter[str]
     after: Place
+    rejected: Sequence[Rejected] = ()
+    changed: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,27 +161,25 @@ class Encoder:
         Raises DataError naming the first bad record when there are too many.
         """
         results, changes = self._through_stages(rows)
-        usable = [index for index, result in enumerate(results) if not isinstance(result, _Unusable)]
+        usable = [index for index, result in enumerate(results) if type(result) is not _Unusable]
         try:
             encoded = self._task.encode([results[index] for index in usable]) if usable else []  # type: ignore[misc]
         except Exception as error:
             error.add_note(f"while encoding {self._id(rows[0])} to {self._id(rows[-1])}")
             raise
         assert len(encoded) == len(usable), "a task gives one result per record"
-        outcomes: list[Encoded | _Unusable | None] = [
-            result if isinstance(result, _Unusable) else None for result in results
-        ]
+        outcomes: list[Any] = results
         for index, one in zip(usable, encoded, strict=True):
-            outcomes[index] = _Unusable(BAD_RECORD, one.reason) if isinstance(one, BadRecord) else one
+            outcomes[index] = _Unusable(BAD_RECORD, one.reason) if type(one) is BadRecord else one
         return list(self._drawn(rows, outcomes, changes))
 
-    def _through_stages(self, rows: Sequence[Row]) -> tuple[list[Record | _Unusable], list[dict[str, int]]]:
-        """What the stages made of each row, and how much each of them changed in it."""
+    def _through_stages(self, rows: Sequence[Row]) -> tuple[list[Record | _Unusable], dict[int, Counter[str]]]:
+        """What the stages made of each row, and how much they changed in those they changed."""
         results: list[Record | _Unusable] = [
             _Unusable(BAD_RECORD, row.record.reason) if isinstance(row.record, BadRecord) else row.record
             for row in rows
         ]
-        changes: list[dict[str, int]] = [{} for _ in rows]
+        changes: dict[int, Counter[str]] = {}
         for stage in self._stages:
             there = [index for index, result in enumerate(results) if not isinstance(result, _Unusable)]
             ids = [self._id(rows[index]) for index in there]
@@ -188,45 +189,46 @@ class Encoder:
                     results[index] = _Unusable(stage.name, result.reason)
                 elif isinstance(result, Changed):
                     results[index] = result.record
-                    changes[index][stage.name] = result.count
+                    changes.setdefault(index, Counter())[stage.name] += result.count
         return results, changes
 
     def _drawn(
-        self, rows: Sequence[Row], outcomes: Sequence[Encoded | _Unusable | None], changes: Sequence[dict[str, int]]
+        self, rows: Sequence[Row], outcomes: Sequence[Encoded | _Unusable], changes: Mapping[int, Counter[str]]
     ) -> Iterator[Drawn]:
         rejected: list[Rejected] = []
         changed: Counter[str] = Counter()
-        for row, outcome, counts in zip(rows, outcomes, changes, strict=True):
-            assert outcome is not None
-            self._num_records += 1
+        self._num_records += len(rows)
+        for index, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
             first_pass = row.after[0] == 0
-            if first_pass:
-                changed.update(counts)
+            if first_pass and index in changes:
+                changed += changes[index]
             if isinstance(outcome, _Unusable):
                 self._judge(row, outcome)
                 if first_pass:
                     rejected.append(Rejected(self._names[row.shard], row.offset, outcome.stage, outcome.reason))
-            else:
-                yield Drawn(self._samples(row, outcome), rejected, changed, row.after)
+                continue
+            samples = [self._sample(row, piece, number) for number, piece in enumerate(self._task.pieces(outcome))]
+            if rejected or changed:
+                yield Drawn(samples, row.after, rejected, changed)
                 rejected, changed = [], Counter()
+            else:
+                yield Drawn(samples, row.after)
         if self._num_bad > self._max_bad_fraction * max(self._num_records, _MIN_RECORDS):
             raise DataError(self._too_many())
-        if rows and isinstance(outcomes[-1], _Unusable):
-            yield Drawn([], rejected, changed, rows[-1].after)
+        if rejected or changed:
+            yield Drawn([], rows[-1].after, rejected, changed)
 
-    def _samples(self, row: Row, encoded: Encoded) -> list[Sample]:
-        pieces = self._task.pieces(encoded)
+    def _sample(self, row: Row, piece: Encoded, number: int) -> Sample:
         name = self._id(row)
-        return [
-            Sample(
-                id=f"{name}#{number}" if number else name,
-                key=(self._index, row.shard, row.offset, number),
-                encoded=piece,
-                lengths=(piece.length, *(len(array) if array.ndim else 1 for array in piece.fields.values())),
-                sides=self._sides(piece) if self._sides else (),
-            )
-            for number, piece in enumerate(pieces)
-        ]
+        lengths: tuple[int, ...] = ()
+        sides: tuple[int, ...] = ()
+        if self._sides is None:
+            lengths = (piece.length, *map(_length_of, piece.fields.values()))
+        else:
+            sides = self._sides(piece)
+        return Sample(
+            f"{name}#{number}" if number else name, (self._index, row.shard, row.offset, number), piece, lengths, sides
+        )
 
     def _judge(self, row: Row, outcome: _Unusable) -> None:
         """Count a bad record, and raise DataError where none may be."""
@@ -253,6 +255,10 @@ class Encoder:
 
     def _id(self, row: Row) -> str:
         return f"{self._names[row.shard]}:{row.offset}"
+
+
+def _length_of(array: NDArray[Any]) -> int:
+    return len(array) if array.ndim else 1
 
 
 class RecordReader:
@@ -284,7 +290,7 @@ class RecordReader:
             rows, self._read_to = self.sequence.take(self._read_to, self._part)
             self._drawn.extend(self._encoder.encode(rows))
             if self._read_to[0] > epoch:
-                self._drawn.append(Drawn([], [], Counter(), self._read_to))
+                self._drawn.append(Drawn([], self._read_to))
                 self._empty_epochs += 1
         drawn = self._drawn.popleft()
         if drawn.samples:
