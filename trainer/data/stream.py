@@ -74,37 +74,19 @@ class StreamData:
         max_bad_fraction: what follows a record that cannot be used, and how many may be skipped; trace:
         keep the ids of all samples.
         """
-        problems = [
-            f"data.{key}={value} must be at least 1."
-            for key, value in (("lanes", lanes), ("block", block))
-            if value < 1
-        ]
-        problems += [
-            f"data.{key}={value} must be 0 or more."
-            for key, value in (("workers", workers), ("retry_seconds", retry_seconds))
-            if value < 0
-        ]
-        problems += _not_among("data.batching", batching, Batching) + _not_among("data.mix_by", mix_by, MixBy)
-        problems += _not_among("data.on_bad_record", on_bad_record, OnBadRecord)
+        least = {"lanes": (lanes, 1), "block": (block, 1), "workers": (workers, 0), "retry_seconds": (retry_seconds, 0)}
+        problems = [f"data.{key}={value} must be at least {low}." for key, (value, low) in least.items() if value < low]
         if not 0 <= max_bad_fraction <= 1:
             problems.append(f"data.max_bad_fraction={max_bad_fraction} must lie between 0 and 1.")
         if bool(path) == bool(sources):
             problems.append(f"data.path={path} and data.sources={list(sources or {})}: give one of the two.")
-        options = {name: _source_options(name, given, problems) for name, given in (sources or {}).items()}
-        problems += _weight_problems(options)
-        if not sources:
-            options = {"": SourceOptions(path or "", name, format, train, validation, test)}
-        self.sources = {name: one for name, one in options.items() if one is not None}
+        if sources:
+            self.sources = _source_options(sources, problems)
+        else:
+            self.sources = {"": SourceOptions(path or "", name, format, train, validation, test)}
         retries = Retries(total_seconds=retry_seconds)
         set_retries(retries)
-        self.datasets: dict[str, Dataset] = {}
-        for name, one in self.sources.items():
-            split_names = one.train, one.validation, one.test
-            key = f"data.sources.{name}" if name else "data"
-            try:
-                self.datasets[name] = Dataset(key, one.path, one.name, one.format, *split_names, lanes, retries)
-            except ConfigError as error:
-                problems += error.problems
+        self.datasets = _datasets(self.sources, lanes, retries, problems)
         if problems:
             raise ConfigError(*problems)
         self.mix_by = mix_by
@@ -124,36 +106,33 @@ class StreamData:
         return Mixture(_phases([one.phases for one in options]), [one.at_end for one in options], self.mix_by, seed)
 
 
-def _phases(weights: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, tuple[float, ...]]]:
-    """Weights of all sources from each step on at which one changes."""
-    firsts = sorted({first for phases in weights for first, _ in phases} | {0})
-    rows = [
-        (first, tuple([share for begin, share in phases if begin <= first][-1] for phases in weights))
-        for first in firsts
-    ]
-    return [(first, tuple(share / sum(shares) for share in shares)) for first, shares in rows]
-
-
-def _not_among(key: str, value: str, choices: Any) -> list[str]:
-    known = get_args(choices)
-    return [] if value in known else [f"{key}={value} is not known; use {', '.join(known)}."]
-
-
-def _source_options(name: str, given: Any, problems: list[str]) -> SourceOptions | None:
-    """The options of one source, or None and what is wrong with them in `problems`."""
-    key = f"data.sources.{name}"
+def _source_options(sources: Mapping[str, Any], problems: list[str]) -> dict[str, SourceOptions]:
+    """The options of a mixture's sources; what is wrong with them goes to `problems`."""
     known = [entry.name for entry in fields(SourceOptions)]
-    if not isinstance(given, Mapping) or "path" not in given:
-        problems.append(f"{key}={given} must be a mapping with path, and perhaps {', '.join(known[1:])}.")
-        return None
-    unknown = [
-        f"{key}.{entry} is no option of a source{did_you_mean(entry, known)}" for entry in given if entry not in known
-    ]
-    if unknown:
-        problems += unknown
-        return None
-    options = SourceOptions(**given)
-    problems += _not_among(f"{key}.at_end", options.at_end, AtEnd)
+    options: dict[str, SourceOptions] = {}
+    for name, given in sources.items():
+        key = f"data.sources.{name}"
+        if not isinstance(given, Mapping) or "path" not in given:
+            problems.append(f"{key}={given} must be a mapping with path, and perhaps {', '.join(known[1:])}.")
+        elif unknown := [entry for entry in given if entry not in known]:
+            problems += [f"{key}.{entry} is no option of a source{did_you_mean(entry, known)}" for entry in unknown]
+        else:
+            options[name] = SourceOptions(**given)
+            problems += _source_problems(key, options[name])
+    if len(options) == len(sources) and not problems:
+        firsts = sorted({first for one in options.values() for first, _ in one.phases})
+        problems += [
+            f"data.sources: all weights are 0 from step {first} on; raise one."
+            for first in firsts
+            if not any(_share_at(first, one.phases) for one in options.values())
+        ]
+    return options
+
+
+def _source_problems(key: str, options: SourceOptions) -> list[str]:
+    problems = []
+    if options.at_end not in get_args(AtEnd):
+        problems.append(f"{key}.at_end={options.at_end} is not known; use {', '.join(get_args(AtEnd))}.")
     try:
         phases = options.phases
     except (TypeError, ValueError):
@@ -164,17 +143,29 @@ def _source_options(name: str, given: Any, problems: list[str]) -> SourceOptions
             f"{key}.weight={options.weight} must be a number of 0 or more, or a list of [first step, number] in"
             " ascending order that begins at step 0."
         )
-        return None
-    return options
+    return problems
 
 
-def _weight_problems(options: Mapping[str, SourceOptions | None]) -> list[str]:
-    sound = [one.phases for one in options.values() if one is not None]
-    if not sound or len(sound) < len(options):
-        return []
-    firsts = sorted({first for phases in sound for first, _ in phases})
-    return [
-        f"data.sources: all weights are 0 from step {first} on; raise one."
-        for first in firsts
-        if not any([share for begin, share in phases if begin <= first][-1] for phases in sound)
-    ]
+def _datasets(
+    sources: Mapping[str, SourceOptions], lanes: int, retries: Retries, problems: list[str]
+) -> dict[str, Dataset]:
+    datasets = {}
+    for name, one in sources.items():
+        splits = one.train, one.validation, one.test
+        key = f"data.sources.{name}" if name else "data"
+        try:
+            datasets[name] = Dataset(key, one.path, one.name, one.format, *splits, lanes, retries)
+        except ConfigError as error:
+            problems += error.problems
+    return datasets
+
+
+def _phases(weights: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, tuple[float, ...]]]:
+    """Weights of all sources, which sum to 1, from each step on at which one changes."""
+    firsts = sorted({first for phases in weights for first, _ in phases})
+    rows = [(first, [_share_at(first, phases) for phases in weights]) for first in firsts]
+    return [(first, tuple(share / sum(shares) for share in shares)) for first, shares in rows]
+
+
+def _share_at(step: int, phases: Sequence[tuple[int, float]]) -> float:
+    return [share for first, share in phases if first <= step][-1]
