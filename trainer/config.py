@@ -183,6 +183,7 @@ _FREE = (
         "batch.micro_tokens",
         "data.trace",
         "data.workers",
+        "data.retry_seconds",
         "data.max_bad_fraction",
         "data.on_bad_record",
     ),

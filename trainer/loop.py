@@ -89,11 +89,13 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
     data of any rank broke, all raise after the checkpoint: that rank what broke them, the others DataError.
     """
     config, batches = training.config, iter(training.loader)
-    batch = NO_BATCH
+    batch, begin_step = NO_BATCH, state.step
     while (outcome := _reached_end(config, state)) is None:
         fetch_started = time.perf_counter()
         batch = next(batches)
         wait_seconds = time.perf_counter() - fetch_started
+        if state.step == begin_step > 0:
+            training.sinks.event(state.step, f"resumed: the data were there again after {wait_seconds:.1f} s")
         totals = _agree(batch, state, training.stop_request)
         if (outcome := _interrupted(config, totals, batch)) is not None:
             break

@@ -81,6 +81,14 @@ def test_a_source_that_is_dropped_is_seen_once_and_the_others_go_on(world_size: 
     assert set(seen.values()) == {1} and len(seen) == 24 * 50
 
 
+def test_what_is_left_goes_on_even_without_a_weight() -> None:
+    sources = {"a": MemorySource([4] * 24), "b": MemorySource([6] * 24)}
+    given = {"a": {"at_end": "drop"}, "b": {"weight": 0, "at_end": "drop"}}
+    (steps,) = steps_of(memory_data(sources, sources=given, lanes=24, block=4), None)
+    seen = Counter(id for step in steps for id in step.ids)
+    assert set(seen.values()) == {1} and len(seen) == 24 * 10
+
+
 def test_a_source_that_stops_ends_the_run() -> None:
     (steps,) = run_to_the_end("stop", 1)
     seen = Counter(id.split("/")[0] for step in steps for id in step.ids)

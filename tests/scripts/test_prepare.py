@@ -25,6 +25,7 @@ import prepare
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import spools
 
 from trainer.data.dataset import Dataset
 
@@ -205,9 +206,9 @@ def test_killed_and_started_again(
     (out / ".parts" / "7.spool.1234.half").write_bytes(b"half of a spool")
     done = {path: path.stat().st_ino for path in out.glob(pattern)}
     remade = []
-    deal = prepare.Worker._deal
+    deal = spools.Worker._deal
     monkeypatch.setattr(
-        prepare.Worker, "_deal", lambda self, number, *args: remade.append(number) or deal(self, number, *args)
+        spools.Worker, "_deal", lambda self, number, *args: remade.append(number) or deal(self, number, *args)
     )
     assert prepare.main([*words, "1"]) == 0
     assert sums(out) == expected

@@ -40,19 +40,20 @@ class Mixture:
 
     def choose(self, credits: Sequence[float], active: Sequence[bool], phase: int) -> int:
         """The active source that is owed the most (stride scheduling, Waldspurger and Weihl 1995)."""
-        weights = self.phases[phase][1]
-        owed = [
-            credit + weight if there and weight > 0 else -np.inf
-            for credit, weight, there in zip(credits, weights, active, strict=True)
-        ]
+        weights = self._weights(active, phase)
+        owed = [credit + weight if weight > 0 else -np.inf for credit, weight in zip(credits, weights, strict=True)]
         return max(range(len(owed)), key=owed.__getitem__)
 
     def charge(
         self, credits: Sequence[float], active: Sequence[bool], phase: int, chosen: int, units: float
     ) -> tuple[float, ...]:
         """Credits after the chosen source gave `units` samples or tokens: every active source earns its share."""
-        weights = [weight if there else 0.0 for weight, there in zip(self.phases[phase][1], active, strict=True)]
-        total = sum(weights)
-        earned = [credit + units * weight / total for credit, weight in zip(credits, weights, strict=True)]
+        weights = self._weights(active, phase)
+        earned = [credit + units * weight / sum(weights) for credit, weight in zip(credits, weights, strict=True)]
         earned[chosen] -= units
         return tuple(earned)
+
+    def _weights(self, active: Sequence[bool], phase: int) -> list[float]:
+        """Those of the active sources; equal ones where all that is left has none."""
+        weights = [weight if there else 0.0 for weight, there in zip(self.phases[phase][1], active, strict=True)]
+        return weights if any(weights) else [float(there) for there in active]
