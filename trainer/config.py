@@ -101,7 +101,10 @@ class CheckpointConfig:
     """When to save and what to keep."""
 
     every: int = 0  # steps; 0: only at the end
-    keep: int = 2
+    minutes: float | None = None  # also after so much training time
+    keep: int = 2  # newest
+    keep_every: int | None = None  # and, for good, those of steps that it divides
+    asynchronous: bool = True  # written in a thread while training goes on
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,10 @@ PARTS = ("model", "task", "data", "tokenizer", "optimizer", "schedule")
 _LEAST = {
     **dict.fromkeys(("seed", "eval.every", "checkpoint.every", "engine.stage"), 0),
     **dict.fromkeys(("steps", "log.every", "eval.max_samples", "stop.tokens", "stop.patience", "checkpoint.keep"), 1),
+    "checkpoint.keep_every": 1,
     **dict.fromkeys(("batch.global_size", "batch.micro_size", "batch.micro_tokens"), 1),
 }
-_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes")
+_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes", "checkpoint.minutes")
 
 _FREE = (
     *(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainer import distributed
-from trainer.checkpoint.save import point, prune, save
+from trainer.checkpoint.save import Checkpointer
 from trainer.config import Config
 from trainer.data.corpus import Corpus
 from trainer.data.loader import NO_BATCH, Loader, StepBatch
@@ -43,6 +43,7 @@ class Training:
     corpus: Corpus
     loader: Loader
     engine: Engine
+    checkpointer: Checkpointer
     schedule: Schedule
     meter: Meter
     sinks: SafeSinks
@@ -64,7 +65,7 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class _StepTotals:
     """What all ranks agree on before a step. `micro_batches`: how many every rank runs; `seconds`, `signalled`,
-    `broken`: of any rank."""
+    `broken`: of any rank; `written`: a checkpoint waits for nothing but its commit."""
 
     target_tokens: int
     samples: int
@@ -75,6 +76,7 @@ class _StepTotals:
     seconds: float
     signalled: bool
     broken: bool
+    written: bool
 
 
 def due(step: int, every: int) -> bool:
@@ -89,18 +91,20 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
     data of any rank broke, all raise after the checkpoint: that rank what broke them, the others DataError.
     """
     config, batches = training.config, iter(training.loader)
-    batch, begin_step = NO_BATCH, state.step
+    batch, begin_step, saved_at = NO_BATCH, state.step, state.seconds
     while (outcome := _reached_end(config, state)) is None:
         fetch_started = time.perf_counter()
         batch = next(batches)
         wait_seconds = time.perf_counter() - fetch_started
         if state.step == begin_step > 0:
             training.sinks.event(state.step, f"resumed: the data were there again after {wait_seconds:.1f} s")
-        totals = _agree(batch, state, training.stop_request)
+        totals = _agree(batch, state, training)
         if (outcome := _interrupted(config, totals, batch)) is not None:
             break
         lr = config.optimizer["lr"] * training.schedule.factor(_progress(training.schedule, state))
         loss_sum, grad_norm = _learn(training, batch, totals, lr, state.step)
+        if totals.written:
+            training.checkpointer.commit()
         lanes = batch.lane_states
         seconds = time.perf_counter() - fetch_started
         state = state.advance(totals.target_tokens, totals.samples, totals.epoch, seconds)
@@ -113,10 +117,12 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
             training.sinks.log(_report(training, state, totals, batch, loss_sum, grad_norm, lr))
         if due(state.step, config.eval.every):
             state = _evaluate(training, state, lanes)
-        if due(state.step, config.checkpoint.every):
+        if due(state.step, config.checkpoint.every) or _long_ago(config, totals, saved_at):
             _save(training, state, lanes)
+            saved_at = totals.seconds
     if state.step > 0:
         _save(training, state, lanes)
+        training.checkpointer.require()
     if outcome.status == "failed":
         raise batch.failure or DataError(outcome.reason)
     return state, outcome
@@ -150,7 +156,13 @@ def _interrupted(config: Config, totals: _StepTotals, batch: StepBatch) -> Outco
     return None
 
 
-def _agree(batch: StepBatch, state: TrainState, request: StopRequest) -> _StepTotals:
+def _long_ago(config: Config, totals: _StepTotals, saved_at: float) -> bool:
+    """Whether `checkpoint.minutes` of training have passed since the last save, by the clock that ranks agree on."""
+    minutes = config.checkpoint.minutes
+    return minutes is not None and totals.seconds - saved_at >= 60 * minutes
+
+
+def _agree(batch: StepBatch, state: TrainState, training: Training) -> _StepTotals:
     """One exchange a step: how much every rank brings, and whether any rank wants to stop."""
     local = (
         batch.num_target_tokens,
@@ -163,10 +175,11 @@ def _agree(batch: StepBatch, state: TrainState, request: StopRequest) -> _StepTo
     wish = (
         len(batch.micro_batches),
         state.seconds,
-        float(request.name is not None),
+        float(training.stop_request.name is not None),
         float(batch.failure is not None),
+        float(not training.checkpointer.written),
     )
-    micro_batches, seconds, signalled, broken = distributed.all_reduce_max(wish)
+    micro_batches, seconds, signalled, broken, unwritten = distributed.all_reduce_max(wish)
     return _StepTotals(
         target_tokens=int(target_tokens),
         samples=int(samples),
@@ -177,6 +190,7 @@ def _agree(batch: StepBatch, state: TrainState, request: StopRequest) -> _StepTo
         seconds=seconds,
         signalled=signalled > 0,
         broken=broken > 0,
+        written=unwritten == 0,
     )
 
 
@@ -293,18 +307,13 @@ def _evaluate(training: Training, state: TrainState, lanes: Mapping[int, Any]) -
     metric, direction = training.task.headline()
     state = state.evaluated(evaluation[metric], direction)
     if state.best_step == state.step:
-        name = _save(training, state, lanes)
-        distributed.on_rank_zero(lambda: point(training.directory.checkpoints, "best", name))
+        _save(training, state, lanes, best=True)
     training.meter.pause(time.perf_counter() - started)
     return state
 
 
-def _save(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> str:
-    """Save, and delete what need not be kept; returns the checkpoint's name."""
+def _save(training: Training, state: TrainState, lanes: Mapping[int, Any], best: bool = False) -> None:
+    """Begin to save; the step that finds every rank's part written commits it."""
     started = time.perf_counter()
-    root = training.directory.checkpoints
-    folder = save(root, training.engine, state, lanes, training.plan.to_dict())
-    distributed.on_rank_zero(lambda: prune(root, training.config.checkpoint.keep))
-    distributed.on_rank_zero(lambda: training.directory.status("running", state.step, "saved a checkpoint"))
+    training.checkpointer.save(state, lanes, best)
     training.meter.pause(time.perf_counter() - started)
-    return folder.name

@@ -12,7 +12,8 @@ import torch
 
 from trainer import distributed
 from trainer.build import build, check_parts
-from trainer.checkpoint.load import load, newest
+from trainer.checkpoint.load import load, newest, set_aside
+from trainer.checkpoint.save import Checkpointer
 from trainer.config import Config, config_to_dict, to_config
 from trainer.data.corpus import Stream
 from trainer.data.dealers import make_dealers
@@ -87,7 +88,7 @@ def assemble(
     dealers = make_dealers(stream, distributed.rank(), plan.world_size)
     loader = Loader(dealers, task, plan, stream.row_lengths)
     blank = blank_of(task.collate([corpus.first_sample()]))
-    checkpoint = newest(directory.checkpoints)
+    checkpoint = distributed.on_rank_zero(lambda: newest(directory.checkpoints))
 
     ds_config = make_ds_config(plan)
     distributed.on_rank_zero(lambda: directory.claim(config, overrides, plan.to_dict(), ds_config, tokenizer))
@@ -100,6 +101,7 @@ def assemble(
         load(checkpoint, engine)
         state, lanes = checkpoint.state, dict(checkpoint.lanes)
         loader.load_lane_states(lanes)
+        distributed.on_rank_zero(lambda: set_aside(directory.checkpoints, state.step))
 
     sinks = SafeSinks([])
     if distributed.rank() == 0:
@@ -112,8 +114,18 @@ def assemble(
     quarantine = directory.open_quarantine(state.step) if distributed.rank() == 0 else None
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     meter = Meter(time.perf_counter, peak_flops(device_name))
-    facts_of_run = config, plan, directory, task, corpus, loader, engine, schedule, meter
+    checkpointer = Checkpointer(
+        directory.checkpoints, engine, plan.to_dict(), config.checkpoint, partial(_tell_saved, directory, sinks)
+    )
+    facts_of_run = config, plan, directory, task, corpus, loader, engine, checkpointer, schedule, meter
     return Training(*facts_of_run, sinks, stop_request, trace, quarantine, blank), state, lanes
+
+
+def _tell_saved(directory: RunDirectory, sinks: SafeSinks, step: int, failure: str | None) -> None:
+    if failure is None:
+        directory.status("running", step, "saved a checkpoint")
+    else:
+        sinks.event(step, failure)
 
 
 def evaluate_finally(training: Training, state: TrainState, again: bool) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from trainer.checkpoint.load import Checkpoint, Reader, find, load, newest, read
-from trainer.checkpoint.save import point, prune, save
+from trainer.checkpoint.load import Checkpoint, Reader, find, load, newest, read, set_aside
+from trainer.checkpoint.save import Checkpointer, point, prune
+from trainer.config import CheckpointConfig
 from trainer.engine.base import Fragment
 from trainer.errors import CheckpointError
 from trainer.state import TrainState
@@ -44,7 +49,9 @@ def save_steps(root, *steps):
     root.mkdir(parents=True, exist_ok=True)
     for step in steps:
         engine = OneMatrix(torch.full((4, 3), float(step)))
-        save(root, engine, TrainState(step=step, tokens=10 * step), {0: {"turn": step}}, {"world_size": 1})
+        checkpointer = Checkpointer(root, engine, {"world_size": 1}, CheckpointConfig(keep=9), lambda *_: None)
+        checkpointer.save(TrainState(step=step, tokens=10 * step), {0: {"turn": step}})
+        checkpointer.require()
 
 
 def test_what_was_saved_comes_back(tmp_path):
@@ -142,3 +149,97 @@ def test_any_range_can_be_read_from_any_split(tmp_path, numel, cuts, data):
         assert torch.equal(target, whole[start:end])
         with pytest.raises(CheckpointError, match="elements wanted"):
             reader.read_into("w", "master", start, torch.empty(numel + 1))
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Holds the writing thread until it is let go."""
+    let_go = threading.Event()
+
+    def slow(*arguments, **options):
+        assert let_go.wait(30)
+        return save_file(*arguments, **options)
+
+    monkeypatch.setattr("trainer.checkpoint.save.save_file", slow)
+    return let_go
+
+
+def checkpointer_of(root, engine, **options):
+    told = []
+    config = CheckpointConfig(**{"keep": 9, **options})
+    return Checkpointer(root, engine, {}, config, lambda *facts: told.append(facts)), told
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_step_it_was_begun_at(tmp_path, held):
+    engine = OneMatrix(torch.full((4, 3), 1.0))
+    checkpointer, told = checkpointer_of(tmp_path, engine)
+    checkpointer.save(TrainState(step=1), {0: {"turn": 1}})
+    engine.value.fill_(2.0)  # the next step
+    assert not checkpointer.written and newest(tmp_path) is None and not told
+    held.set()
+    checkpointer.finish()
+    assert told == [(1, None)]
+    loaded = OneMatrix(torch.zeros(4, 3))
+    load(newest(tmp_path), loaded)
+    assert torch.equal(loaded.value, torch.full((4, 3), 1.0))
+
+
+def test_a_run_that_is_killed_while_writing_keeps_the_checkpoint_before(tmp_path):
+    save_steps(tmp_path, 1)
+    script = (
+        "import os, torch, threading\n"
+        "import trainer.checkpoint.save as save\n"
+        "from tests.checkpoint.test_checkpoint import OneMatrix, checkpointer_of\n"
+        "from pathlib import Path\n"
+        "from trainer.state import TrainState\n"
+        "def die(tensors, path, metadata):\n"
+        "    Path(path).write_bytes(b'half'); os._exit(9)\n"
+        "save.save_file = die\n"
+        f"c, _ = checkpointer_of(Path({str(tmp_path)!r}), OneMatrix(torch.ones(4, 3)))\n"
+        "c.save(TrainState(step=2), {})\n"
+        "c.finish()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 9
+    assert newest(tmp_path).state.step == 1
+    save_steps(tmp_path, 2)
+    assert newest(tmp_path).state.step == 2 and not list(tmp_path.glob(".partial*"))
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.checkpoint.save.save_file", full)
+        checkpointer, told = checkpointer_of(tmp_path, OneMatrix(torch.ones(4, 3)))
+        checkpointer.save(TrainState(step=2), {})
+        checkpointer.finish()
+        ((step, failure),) = told
+        assert step == 2 and "rank 0: [Errno 28] No space left on device" in failure
+        assert newest(tmp_path).state.step == 1
+        with pytest.raises(CheckpointError, match="The checkpoint before it is valid; make room"):
+            checkpointer.require()
+    checkpointer.save(TrainState(step=3), {})
+    checkpointer.require()
+    assert newest(tmp_path).state.step == 3 and not list(tmp_path.glob(".partial*"))
+
+
+def test_some_checkpoints_are_kept_for_good(tmp_path):
+    checkpointer, _ = checkpointer_of(tmp_path, OneMatrix(torch.ones(4, 3)), keep=2, keep_every=10, asynchronous=False)
+    for step in range(5, 40, 5):
+        checkpointer.save(TrainState(step=step), {}, best=step == 15)
+    assert sorted(int(path.name[5:]) for path in tmp_path.glob("step_*")) == [10, 15, 20, 30, 35]
+
+
+def test_damaged_checkpoints_are_set_aside_so_that_their_steps_are_saved_anew(tmp_path, caplog):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "step_00000002" / "state.json").unlink()
+    found = newest(tmp_path)
+    set_aside(tmp_path, found.state.step)
+    assert found.state.step == 1 and "state.json is missing" in caplog.text
+    assert [path.name for path in tmp_path.glob(".damaged*")] == [".damaged_step_00000002"]
+    save_steps(tmp_path, 2)
+    assert newest(tmp_path).state.step == 2

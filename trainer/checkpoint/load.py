@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -18,6 +20,8 @@ from trainer.checkpoint import FORMAT, SEPARATOR, step_name
 from trainer.engine.base import Engine
 from trainer.errors import CheckpointError
 from trainer.state import TrainState
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +48,21 @@ def newest(root: Path) -> Checkpoint | None:
             return read(folder)
         except CheckpointError as error:
             damage.append(str(error))
+            _log.warning("%s Looking for an older checkpoint.", error)
     if damage:
         raise CheckpointError(
             "\n".join([*damage, f"No whole checkpoint is left in {root}; restore one or start another run name."])
         )
     return None
+
+
+def set_aside(root: Path, step: int) -> None:
+    """Rename checkpoints newer than the one of `step`, which are damaged, so that the run can save these steps anew."""
+    for folder in root.glob("step_*"):
+        if folder.name > step_name(step):
+            aside = folder.with_name(f".damaged_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            _log.warning("The damaged checkpoint %s is now %s", folder, folder.rename(aside).name)
 
 
 def find(root: Path, which: str) -> Checkpoint:

@@ -1,4 +1,8 @@
-"""Write a checkpoint so that it is whole or absent."""
+"""Write a checkpoint so that it is whole or absent, while training goes on.
+
+Saving has three parts. The *snapshot* copies this rank's fragments (the only part that training waits for), the *write*
+brings them to the disk in a thread, and the *commit*, when every rank has written, adds the manifest and renames.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +10,264 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from trainer import distributed
 from trainer.checkpoint import FORMAT, SEPARATOR, step_name
+from trainer.config import CheckpointConfig
 from trainer.engine.base import Engine
+from trainer.errors import CheckpointError
 from trainer.state import TrainState
 
+_NICENESS = 10
+"""Of the thread that writes: what it takes from the step is less than what it would take as an equal."""
 
-def save(root: Path, engine: Engine, state: TrainState, lanes: Mapping[int, Any], plan: Mapping[str, Any]) -> Path:
-    """Save the run as it stands after `state.step`; called by all ranks together. Returns the checkpoint's folder.
 
-    root: the run's `checkpoints` folder; lanes: positions of this rank's data lanes.
-    """
-    final = root / step_name(state.step)
-    if final.exists():  # the same step of the same run: whole, so nothing to add
-        return final
-    partial = root / f".partial_{final.name}"
-    distributed.on_rank_zero(lambda: _fresh(partial))
-    shard = partial / f"shard_{distributed.rank():05d}.safetensors"
-    shapes = _write_shard(shard, engine)
-    facts = distributed.all_gather_objects((shard.name, shard.stat().st_size, _sha256(shard), shapes, dict(lanes)))
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """A rank's part of the run as it stood after a step; `tensors`: copies, by their keys in the file."""
 
-    def commit() -> None:
-        every_lane = {str(lane): position for *_, part in facts for lane, position in part.items()}
-        state_file = partial / "state.json"
-        write_json(state_file, {"train": state.to_dict(), "optimizer": engine.scalars(), "lanes": every_lane})
-        files = {name: {"bytes": size, "sha256": digest} for name, size, digest, *_ in facts}
-        files[state_file.name] = {"bytes": state_file.stat().st_size, "sha256": _sha256(state_file)}
-        parameters = {name: shape for *_, shapes, _ in facts for name, shape in shapes.items()}
-        manifest = {"format": FORMAT, "step": state.step, "files": files, "parameters": parameters, "plan": dict(plan)}
-        write_json(partial / "manifest.json", manifest)
-        _sync_folder(partial)
-        partial.rename(final)
-        point(root, "latest", final.name)
+    state: TrainState
+    lanes: Mapping[int, Any]
+    scalars: Mapping[str, float]
+    tensors: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, list[int]]
 
-    distributed.on_rank_zero(commit)
-    return final
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """What a rank tells the others about the file it wrote; `failure`: why there is none."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    shapes: Mapping[str, list[int]]
+    lanes: Mapping[int, Any]
+    failure: str | None = None
+
+
+class Checkpointer:
+    """The checkpoints of a run. Methods are called by all ranks together, but for `written`."""
+
+    def __init__(
+        self,
+        root: Path,
+        engine: Engine,
+        plan: Mapping[str, Any],
+        config: CheckpointConfig,
+        told: Callable[[int, str | None], None],
+    ) -> None:
+        """root: the run's `checkpoints` folder; told: on rank 0, the step of a
+        checkpoint and why it was not written, or None."""
+        self._root = root
+        self._engine = engine
+        self._plan = plan
+        self._config = config
+        self._told = told
+        self._snapshot: _Snapshot | None = None
+        self._thread: threading.Thread | None = None
+        self._best = False
+        self._shard = _Shard("", 0, "", {}, {}, "nothing was written")
+
+    @property
+    def written(self) -> bool:
+        """Whether nothing keeps this rank from a commit: there is a snapshot, and it is on the disk."""
+        return self._snapshot is not None and not (self._thread is not None and self._thread.is_alive())
+
+    def save(self, state: TrainState, lanes: Mapping[int, Any], best: bool = False) -> None:
+        """Begin to save the run as it stands after `state.step`; one save at a time, so another is finished first.
+
+        lanes: positions of this rank's data lanes; best: it is the best so far.
+        """
+        if self._snapshot is not None and self._snapshot.state.step == state.step:
+            self._best = self._best or best
+            return
+        self.finish()
+        final = self._root / step_name(state.step)
+        if not final.exists():
+            if (problem := distributed.on_rank_zero(lambda: _fresh(self._partial(state.step)))) is not None:
+                self._conclude(state.step, [problem])
+                return
+            self._best = best
+            self._snapshot = _take_snapshot(self._engine, state, lanes)
+            self._thread = threading.Thread(target=self._write, args=(self._snapshot,), name="checkpoint")
+            self._thread.start()
+            if not self._config.asynchronous:
+                self.finish()
+        elif best:  # the same step of the same run: whole, so nothing to add
+            distributed.on_rank_zero(lambda: point(self._root, "best", final.name))
+
+    def commit(self) -> None:
+        """Make the checkpoint that every rank has written valid. One that failed is told, and the run goes on."""
+        assert self._snapshot is not None and self._thread is not None, "nothing was begun"
+        self._thread.join()
+        snapshot, self._snapshot = self._snapshot, None
+        shards = distributed.all_gather_objects(self._shard)
+        failures = [f"rank {rank}: {one.failure}" for rank, one in enumerate(shards) if one.failure is not None]
+        if failures:
+            distributed.on_rank_zero(lambda: shutil.rmtree(self._partial(snapshot.state.step), ignore_errors=True))
+        else:
+            failures = distributed.on_rank_zero(lambda: self._publish(snapshot, shards))
+        self._conclude(snapshot.state.step, failures)
+
+    def _conclude(self, step: int, failures: list[str]) -> None:
+        self.failure = f"the checkpoint of step {step} was not written: {'; '.join(failures)}" if failures else None
+        if distributed.rank() == 0:
+            self._told(step, self.failure)
+
+    failure: str | None = None
+
+
+class Checkpointer:
+    """The checkpoints of a run. Methods are called by all ranks together, but for `written`."""
+
+    def __init__(
+        self,
+        root: Path,
+        engine: Engine,
+        plan: Mapping[str, Any],
+        config: CheckpointConfig,
+        told: Callable[[int, str | None], None],
+    ) -> None:
+        """root: the run's `checkpoints` folder; told: on rank 0, the step of a
+        checkpoint and why it was not written, or None."""
+        self._root = root
+        self._engine = engine
+        self._plan = plan
+        self._config = config
+        self._told = told
+        self._snapshot: _Snapshot | None = None
+        self._thread: threading.Thread | None = None
+        self._best = False
+        self._shard = _Shard("", 0, "", {}, {}, "nothing was written")
+
+    @property
+    def written(self) -> bool:
+        """Whether nothing keeps this rank from a commit: there is a snapshot, and it is on the disk."""
+        return self._snapshot is not None and not (self._thread is not None and self._thread.is_alive())
+
+    def save(self, state: TrainState, lanes: Mapping[int, Any], best: bool = False) -> None:
+        """Begin to save the run as it stands after `state.step`; one save at a time, so another is finished first.
+
+        lanes: positions of this rank's data lanes; best: it is the best so far.
+        """
+        if self._snapshot is not None and self._snapshot.state.step == state.step:
+            self._best = self._best or best
+            return
+        self.finish()
+        final = self._root / step_name(state.step)
+        if not final.exists():
+            if (problem := distributed.on_rank_zero(lambda: _fresh(self._partial(state.step)))) is not None:
+                self._conclude(state.step, [problem])
+                return
+            self._best = best
+            self._snapshot = _take_snapshot(self._engine, state, lanes)
+            self._thread = threading.Thread(target=self._write, args=(self._snapshot,), name="checkpoint")
+            self._thread.start()
+            if not self._config.asynchronous:
+                self.finish()
+        elif best:  # the same step of the same run: whole, so nothing to add
+            distributed.on_rank_zero(lambda: point(self._root, "best", final.name))
+
+    def commit(self) -> None:
+        """Make the checkpoint that every rank has written valid. One that failed is told, and the run goes on."""
+        assert self._snapshot is not None and self._thread is not None, "nothing was begun"
+        self._thread.join()
+        snapshot, self._snapshot = self._snapshot, None
+        shards = distributed.all_gather_objects(self._shard)
+        failures = [f"rank {rank}: {one.failure}" for rank, one in enumerate(shards) if one.failure is not None]
+        if failures:
+            distributed.on_rank_zero(lambda: shutil.rmtree(self._partial(snapshot.state.step), ignore_errors=True))
+        else:
+            failures = distributed.on_rank_zero(lambda: self._publish(snapshot, shards))
+        self.failure = f"the checkpoint of step {snapshot.state.step} was not written: {'; '.join(failures)}"
+        if not failures:
+            self.failure = None
+        if distributed.rank() == 0:
+            self._told(snapshot.state.step, self.failure)
+
+    failure: str | None = None
+    """Why the last commit gave no checkpoint."""
+
+    def finish(self) -> None:
+        """Wait for a save that is under way, and commit it."""
+        if self._snapshot is not None:
+            self.commit()
+
+    def require(self) -> None:
+        """`finish`, and raise CheckpointError where the last checkpoint could not be written."""
+        self.finish()
+        if self.failure is not None:
+            raise CheckpointError(
+                f"{self._root}: {self.failure}. The checkpoint before it is valid; make room or mend the storage, then"
+                " start the run again."
+            )
+
+    def _partial(self, step: int) -> Path:
+        return self._root / f".partial_{step_name(step)}"
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        """In the thread: this rank's file."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        path = self._partial(snapshot.state.step) / f"shard_{distributed.rank():05d}.safetensors"
+        try:
+            save_file(dict(snapshot.tensors), path, metadata=dict(snapshot.metadata))
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            self._shard = _Shard(path.name, path.stat().st_size, _sha256(path), snapshot.shapes, snapshot.lanes)
+        except Exception as error:  # a full disk must not end the run; the commit tells
+            self._shard = _Shard("", 0, "", {}, {}, failure=str(error) or type(error).__name__)
+
+    def _publish(self, snapshot: _Snapshot, shards: list[_Shard]) -> list[str]:
+        """On rank 0: state, manifest, rename, pointers, and what need not be kept; returns what went wrong."""
+        step = snapshot.state.step
+        try:
+            _seal(self._partial(step), snapshot, shards, self._plan)
+            self._partial(step).rename(self._root / step_name(step))
+            point(self._root, "latest", step_name(step))
+            if self._best:
+                point(self._root, "best", step_name(step))
+            prune(self._root, self._config.keep, self._config.keep_every)
+        except OSError as error:
+            return [f"rank 0: {error}"]
+        return []
+
+
+def _take_snapshot(engine: Engine, state: TrainState, lanes: Mapping[int, Any]) -> _Snapshot:
+    """Copies of this rank's fragments. Where every rank holds the same, each takes its turn of them."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    tensors, shapes, metadata = {}, {}, {}
+    for index, fragment in enumerate(engine.fragments()):
+        if engine.replicated and index % world_size != rank:
+            continue
+        key = SEPARATOR.join((fragment.parameter, fragment.key, str(fragment.start)))
+        tensors[key] = fragment.tensor.detach().to("cpu", copy=True).contiguous()
+        metadata[f"{fragment.parameter}{SEPARATOR}{fragment.key}"] = json.dumps(fragment.shape)
+        if fragment.key == "master":
+            shapes[fragment.parameter] = list(fragment.shape)
+    return _Snapshot(state, dict(lanes), engine.scalars(), tensors, metadata, shapes)
+
+
+def _seal(folder: Path, snapshot: _Snapshot, shards: list[_Shard], plan: Mapping[str, Any]) -> None:
+    """Write state.json and, last, manifest.json."""
+    every_lane = {str(lane): position for one in shards for lane, position in one.lanes.items()}
+    state_file = folder / "state.json"
+    train = snapshot.state.to_dict()
+    write_json(state_file, {"train": train, "optimizer": dict(snapshot.scalars), "lanes": every_lane})
+    files = {one.name: {"bytes": one.num_bytes, "sha256": one.sha256} for one in shards}
+    files[state_file.name] = {"bytes": state_file.stat().st_size, "sha256": _sha256(state_file)}
+    parameters = {name: shape for one in shards for name, shape in one.shapes.items()}
+    facts = {"format": FORMAT, "step": snapshot.state.step, "files": files, "parameters": parameters}
+    write_json(folder / "manifest.json", {**facts, "plan": dict(plan)})
+    _sync_folder(folder)
 
 
 def point(root: Path, pointer: str, name: str) -> None:
@@ -57,15 +278,18 @@ def point(root: Path, pointer: str, name: str) -> None:
     _sync_folder(root)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one. On rank 0 only."""
+def prune(root: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete all checkpoints but the newest `keep`, the best one, and those of steps that `keep_every` divides."""
     best = (root / "best").read_text(encoding="utf-8").strip() if (root / "best").exists() else None
     saved = sorted(path for path in root.glob("step_*") if path.is_dir())
     for path in saved[: max(0, len(saved) - max(1, keep))]:
-        if path.name != best:
+        kept_for_good = keep_every is not None and int(path.name.removeprefix("step_")) % keep_every == 0
+        if path.name != best and not kept_for_good:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = path.rename(path.with_name(f".doomed_{path.name}"))
             shutil.rmtree(doomed)
+    for leftover in root.glob(".doomed_*"):  # of a kill in the middle of the above
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,32 +301,15 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _fresh(folder: Path) -> None:
-    """An empty folder, also after a save that was killed."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _write_shard(path: Path, engine: Engine) -> dict[str, list[int]]:
-    """This rank's fragments into one file; returns the shapes of the parameters in it.
-
-    Where every rank holds the same (`engine.replicated`), each writes its turn of the fragments.
-    """
-    rank, world_size = distributed.rank(), distributed.world_size()
-    tensors, shapes, whole = {}, {}, {}
-    for index, fragment in enumerate(engine.fragments()):
-        if engine.replicated and index % world_size != rank:
-            continue
-        key = SEPARATOR.join((fragment.parameter, fragment.key, str(fragment.start)))
-        tensors[key] = fragment.tensor.detach().cpu().contiguous()
-        whole[f"{fragment.parameter}{SEPARATOR}{fragment.key}"] = json.dumps(fragment.shape)
-        if fragment.key == "master":
-            shapes[fragment.parameter] = list(fragment.shape)
-    save_file(tensors, path, metadata=whole)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return shapes
+def _fresh(folder: Path) -> str | None:
+    """Make an empty folder, also after a save that was killed; returns why that cannot be."""
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _sha256(path: Path) -> str:
