@@ -1,6 +1,6 @@
 """`python -m trainer`, also under torchrun and the deepspeed launcher: from words on a command line to an exit code.
 
-0 finished, 2 refused configuration or input, 75 preempted, 1 anything else.
+0 finished, 2 refused configuration or input, 75 preempted, 76 a rank hangs or has gone, 1 anything else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from trainer.build import part_problems
 from trainer.composition import execute
 from trainer.config import to_config
-from trainer.errors import ConfigError, UserError
+from trainer.errors import ConfigError, PeerError, UserError
 from trainer.plan import make_plan
 
 if TYPE_CHECKING:
@@ -68,7 +68,10 @@ def _refuse(error: UserError, show_traceback: bool) -> int:
     perhaps before rank 0 has spoken; if nobody ends them, the error was this rank's alone, and it tells it.
     """
     rank = int(os.environ.get("RANK", "0"))
-    if rank != 0:
+    if isinstance(error, PeerError):
+        if not error.speaks:
+            return error.exit_code
+    elif rank != 0:
 
         def end(signal_number: int, frame: FrameType | None) -> None:
             raise SystemExit(error.exit_code)

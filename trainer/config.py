@@ -45,6 +45,14 @@ class EngineKind(StrEnum):
     zero = "zero"
 
 
+class OnAnomaly(StrEnum):
+    """What to do where loss or gradient are anomalous: leave the update out, go back to the last checkpoint, or end."""
+
+    skip = "skip"
+    rollback = "rollback"
+    stop = "stop"
+
+
 class FinalSplit(StrEnum):
     """The split to evaluate when training has ended."""
 
@@ -119,6 +127,17 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What protects a run from itself."""
+
+    on_anomaly: OnAnomaly = OnAnomaly.skip  # of the loss or the gradient
+    spike_factor: float | None = None  # above this multiple of the running median; None: only where not finite
+    max_anomalies: int = 10  # within 100 steps
+    start_seconds: float | None = 1800.0  # until the first step is done; a rank that takes longer hangs
+    step_seconds: float | None = 900.0  # for each part of a later step; evaluating and saving have four times as long
+
+
+@dataclass(frozen=True)
 class DebugConfig:
     """Switches for people who look for a fault."""
 
@@ -144,6 +163,7 @@ class Config:
     stop: StopConfig = field(default_factory=StopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     allow_targets: list[str] = field(default_factory=list)  # prefixes of your own code that `_target_` may name
     model: dict[str, Any] = MISSING
@@ -159,38 +179,18 @@ PARTS = ("model", "task", "data", "tokenizer", "optimizer", "schedule")
 """The keys that hold one part each; `logging` holds parts by name."""
 
 _LEAST = {
-    **dict.fromkeys(("seed", "eval.every", "checkpoint.every", "engine.stage"), 0),
+    **dict.fromkeys(("seed", "eval.every", "checkpoint.every", "engine.stage", "guard.max_anomalies"), 0),
     **dict.fromkeys(("steps", "log.every", "eval.max_samples", "stop.tokens", "stop.patience", "checkpoint.keep"), 1),
-    "checkpoint.keep_every": 1,
+    **dict.fromkeys(("checkpoint.keep_every", "guard.spike_factor"), 1),
     **dict.fromkeys(("batch.global_size", "batch.micro_size", "batch.micro_tokens"), 1),
 }
-_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes", "checkpoint.minutes")
+_TIME_OUTS = ("guard.start_seconds", "guard.step_seconds")
+_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes", "checkpoint.minutes", "guard.spike_factor", *_TIME_OUTS)
 
 _FREE = (
-    *(
-        "name",
-        "runs_dir",
-        "steps",
-        "resume",
-        "dry_run",
-        "allow_targets",
-        "log",
-        "eval",
-        "stop",
-        "checkpoint",
-        "logging",
-        "debug",
-    ),
-    *(
-        "engine",
-        "batch.micro_size",
-        "batch.micro_tokens",
-        "data.trace",
-        "data.workers",
-        "data.retry_seconds",
-        "data.max_bad_fraction",
-        "data.on_bad_record",
-    ),
+    *("name", "runs_dir", "steps", "resume", "dry_run", "allow_targets", "log", "eval", "stop", "checkpoint"),
+    *("logging", "guard", "debug", "engine", "batch.micro_size", "batch.micro_tokens"),
+    *("data.trace", "data.workers", "data.retry_seconds", "data.max_bad_fraction", "data.on_bad_record"),
 )
 """Keys, with all below them, that may change when a run goes on: what a step learns does not depend on them."""
 

@@ -27,5 +27,22 @@ class CheckpointError(UserError):
     """A checkpoint or run directory that is missing, damaged, or belongs to another run."""
 
 
+class AnomalyError(UserError):
+    """A run whose loss or gradients left the path, and that was not to go on."""
+
+    exit_code = 1  # nothing was refused: training was tried
+
+
+class PeerError(UserError):
+    """Another rank of the job hangs or has gone; the job can be started again."""
+
+    exit_code = 76
+
+    def __init__(self, message: str, speaks: bool = True) -> None:
+        """`speaks`: this rank is the one to tell it."""
+        self.speaks = speaks
+        super().__init__(message)
+
+
 class SetupError(UserError):
     """The machine lacks something: a package (names the extra), a compiler, a device, a permission."""

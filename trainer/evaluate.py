@@ -22,6 +22,7 @@ import torch
 from trainer import distributed
 from trainer.commands import run_command
 from trainer.errors import ConfigError, DataError, SetupError
+from trainer.guards import watchdog
 from trainer.tasks import IGNORE, Batch, Encoded, Record, ScoresText, Task
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def _token_metrics(
     nll = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
     for batch_samples in _in_step(engine, _micro_batches(samples, plan)):
+        watchdog.progress()
         batch = task.collate([sample.encoded for sample in batch_samples] or [blank])
         if not batch_samples:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE)
@@ -208,6 +210,7 @@ def _translate(
     all_finished = _every_rank if engine.ranks_must_step_together else None
     mine: list[tuple[int, str, str, str]] = []
     for batch_samples in _in_step(engine, _chunks(samples, MAX_SENTENCES)):
+        watchdog.progress()
         encoded = [sample.encoded for sample in batch_samples] or [blank]
         texts = task.generate(engine.module, encoded, all_finished)
         for sample, hypothesis in zip(batch_samples, texts, strict=False):  # a blank batch has a text but no sample

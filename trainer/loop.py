@@ -18,8 +18,9 @@ from trainer.config import Config
 from trainer.data.corpus import Corpus
 from trainer.data.loader import NO_BATCH, Loader, StepBatch
 from trainer.engine.base import Engine
-from trainer.errors import DataError
+from trainer.errors import AnomalyError, DataError, UserError
 from trainer.evaluate import Evaluation, evaluate
+from trainer.guards import anomalies, watchdog
 from trainer.guards.signals import PREEMPTED, StopRequest
 from trainer.metrics import StepInfo
 from trainer.metrics.json_lines import JsonLines
@@ -55,11 +56,12 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How `fit` ended: status and reason for status.json, and the exit code."""
+    """How `fit` ended: status and reason for status.json, and the exit code; error: what a failed run raises."""
 
     status: str
     reason: str
     exit_code: int
+    error: UserError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +91,13 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
 
     lanes: positions of this rank's data lanes at `state`. Called by all ranks together; all return the same. Where the
     data of any rank broke, all raise after the checkpoint: that rank what broke them, the others DataError.
+    Where loss or gradients end the run, all raise AnomalyError after the checkpoint of the step before.
     """
     config, batches = training.config, iter(training.loader)
     batch, begin_step, saved_at = NO_BATCH, state.step, state.seconds
     while (outcome := _reached_end(config, state)) is None:
         fetch_started = time.perf_counter()
+        watchdog.section("data", state.step + 1)
         batch = next(batches)
         wait_seconds = time.perf_counter() - fetch_started
         if state.step == begin_step > 0:
@@ -102,19 +106,29 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
         if (outcome := _interrupted(config, totals, batch)) is not None:
             break
         lr = config.optimizer["lr"] * training.schedule.factor(_progress(training.schedule, state))
-        loss_sum, grad_norm = _learn(training, batch, totals, lr, state.step)
+        loss_sum, made = _learn(training, batch, totals, lr, state)
         if totals.written:
+            watchdog.section("commit", state.step + 1)
             training.checkpointer.commit()
+        if made.anomaly is not None:
+            reaction = _react(training, state, batch, made)
+            if reaction.end is not None:
+                outcome = Outcome("failed", reaction.end, AnomalyError.exit_code, AnomalyError(reaction.end))
+                break
+            if reaction.restored is not None:
+                state, lanes, begin_step = reaction.restored, batch.lane_states, 0
+                continue
         lanes = batch.lane_states
         seconds = time.perf_counter() - fetch_started
         state = state.advance(totals.target_tokens, totals.samples, totals.epoch, seconds)
+        state = anomalies.remember(config.guard, state, made)
         _measure(training, batch, totals, wait_seconds)
         if training.trace is not None:
             training.trace.write({"step": state.step, "rank": distributed.rank(), "ids": batch.ids})
         if totals.rejected:
             _quarantine(training, batch, state.step)
         if due(state.step, config.log.every) or state.step == 1:
-            training.sinks.log(_report(training, state, totals, batch, loss_sum, grad_norm, lr))
+            training.sinks.log(_report(training, state, totals, batch, loss_sum, made.grad_norm, lr))
         if due(state.step, config.eval.every):
             state = _evaluate(training, state, lanes)
         if due(state.step, config.checkpoint.every) or _long_ago(config, totals, saved_at):
@@ -124,7 +138,8 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
         _save(training, state, lanes)
         training.checkpointer.require()
     if outcome.status == "failed":
-        raise batch.failure or DataError(outcome.reason)
+        assert outcome.error is not None, "a failure has its error"
+        raise batch.failure or outcome.error
     return state, outcome
 
 
@@ -146,7 +161,8 @@ def _interrupted(config: Config, totals: _StepTotals, batch: StepBatch) -> Outco
     if totals.broken:
         reasons = distributed.all_gather_objects(None if batch.failure is None else str(batch.failure))
         broken = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None)
-        return Outcome("failed", f"the data cannot be read further; {broken}", DataError.exit_code)
+        error = DataError(f"the data cannot be read further; {broken}")
+        return Outcome("failed", str(error), error.exit_code, error)
     if totals.signalled:
         return Outcome("preempted", "a signal asked for a stop", PREEMPTED)
     if config.stop.minutes is not None and totals.seconds >= 60 * config.stop.minutes:
@@ -164,6 +180,7 @@ def _long_ago(config: Config, totals: _StepTotals, saved_at: float) -> bool:
 
 def _agree(batch: StepBatch, state: TrainState, training: Training) -> _StepTotals:
     """One exchange a step: how much every rank brings, and whether any rank wants to stop."""
+    watchdog.section("agree", state.step + 1)
     local = (
         batch.num_target_tokens,
         batch.num_samples,
@@ -199,15 +216,16 @@ def _progress(schedule: Schedule, state: TrainState) -> float:
 
 
 def _learn(
-    training: Training, batch: StepBatch, totals: _StepTotals, lr: float, step: int
-) -> tuple[torch.Tensor, float]:
-    """One optimizer step; returns this rank's summed objective (a scalar on the device) and the global gradient norm.
+    training: Training, batch: StepBatch, totals: _StepTotals, lr: float, state: TrainState
+) -> tuple[torch.Tensor, anomalies.Update]:
+    """One optimizer step; returns this rank's summed objective (a scalar on the device) and what became of the update.
 
     Dropout is a pure function of (seed, step, rank), so a resumed run draws what an uninterrupted one would have drawn.
     """
-    torch.manual_seed(hash((training.config.seed, step, distributed.rank())) & 0x7FFF_FFFF_FFFF_FFFF)
+    torch.manual_seed(hash((training.config.seed, state.step, distributed.rank())) & 0x7FFF_FFFF_FFFF_FFFF)
     loss_sum = torch.zeros((), device=distributed.device())
     for index, micro_batch in enumerate(_even(batch.micro_batches, totals.micro_batches, training.blank)):
+        watchdog.section("forward_backward", state.step + 1)
         sums = training.engine.forward_backward(
             training.task,
             on_device(micro_batch),
@@ -215,7 +233,18 @@ def _learn(
             last=index == totals.micro_batches - 1,
         )
         loss_sum += sums.objective.detach()
-    return loss_sum, training.engine.step(lr)
+    watchdog.section("step", state.step + 1)
+    return loss_sum, anomalies.update(training.engine, training.config, state, lr, loss_sum, totals.target_tokens)
+
+
+def _react(training: Training, state: TrainState, batch: StepBatch, made: anomalies.Update) -> anomalies.Reaction:
+    started = time.perf_counter()
+    watchdog.section("rollback", state.step + 1)
+    training.checkpointer.finish()
+    facts = training.engine, training.directory, training.sinks
+    reaction = anomalies.react(training.config.guard, state, made, batch.ids, *facts)
+    training.meter.pause(time.perf_counter() - started)
+    return reaction
 
 
 def _even(micro_batches: list[Batch], count: int, blank: Batch) -> Iterator[Batch]:
@@ -262,6 +291,7 @@ def _report(
     grad_norm: float,
     lr: float,
 ) -> StepInfo:
+    watchdog.section("log", state.step)
     meter, names = training.meter, training.corpus.count_names
     objective, positions, padding, flops, *counts = distributed.all_reduce_sum(
         (float(loss_sum), meter.positions, meter.padding, meter.flops, *(batch.counts.get(name, 0) for name in names))
@@ -294,6 +324,7 @@ def memory_bytes() -> int:
 def _evaluate(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> TrainState:
     """Evaluate on the validation split; a new best is saved at once and pointed to."""
     started = time.perf_counter()
+    watchdog.section("evaluate", state.step)
     config = training.config
     evaluation = evaluate(
         training.engine,
@@ -315,5 +346,6 @@ def _evaluate(training: Training, state: TrainState, lanes: Mapping[int, Any]) -
 def _save(training: Training, state: TrainState, lanes: Mapping[int, Any], best: bool = False) -> None:
     """Begin to save; the step that finds every rank's part written commits it."""
     started = time.perf_counter()
+    watchdog.section("save", state.step)
     training.checkpointer.save(state, lanes, best)
     training.meter.pause(time.perf_counter() - started)

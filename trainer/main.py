@@ -19,7 +19,9 @@ from trainer.data.corpus import Stream
 from trainer.data.dealers import make_dealers
 from trainer.data.loader import Loader
 from trainer.engine.ds_config import make_ds_config
+from trainer.errors import PeerError
 from trainer.evaluate import Evaluation, evaluate
+from trainer.guards import watchdog
 from trainer.guards.signals import StopRequest, listening
 from trainer.host import keep_freed_memory
 from trainer.initial import initialise
@@ -43,20 +45,25 @@ def run(config: Config, overrides: Sequence[str]) -> int:
         print(dry_run(config))
         return 0
     keep_freed_memory()
+    timeout_seconds = watchdog.collective_seconds(config.guard)
     with (
-        distributed.process_group(always=config.engine.kind == "zero"),
+        watchdog.watching(config.guard),
+        distributed.process_group(config.engine.kind == "zero", timeout_seconds),
         listening() as stop_request,
         run_log(distributed.rank()) as log_to,
     ):
         config = to_config(distributed.broadcast_object(config_to_dict(config)))
-        training, begin, lanes = assemble(config, overrides, stop_request, log_to)
+        with watchdog.explaining_lost_peers():
+            training, begin, lanes = assemble(config, overrides, stop_request, log_to)
         try:
-            state, outcome = fit(training, begin, lanes)
-            if outcome.status == "finished":
-                evaluate_finally(training, state, again=state.step == begin.step)
+            with watchdog.explaining_lost_peers():
+                state, outcome = fit(training, begin, lanes)
+                if outcome.status == "finished":
+                    evaluate_finally(training, state, again=state.step == begin.step)
             training.sinks.event(state.step, f"{outcome.status}: {outcome.reason}")
         except BaseException as error:
-            outcome = Outcome("failed", f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1))
+            reason = str(error) if isinstance(error, PeerError) else f"{type(error).__name__}: {error}"
+            outcome = Outcome("failed", reason, getattr(error, "exit_code", 1))
             raise
         finally:
             training.loader.close()
@@ -74,6 +81,7 @@ def assemble(
     plan = make_plan(config, distributed.world_size())
     directory = RunDirectory.of(config)
     distributed.on_rank_zero(lambda: directory.check(config))
+    watchdog.attach(directory)
 
     data = build(config.data, "data")
     config, tokenizer = make_tokenizer(config, data, directory)
@@ -135,6 +143,7 @@ def evaluate_finally(training: Training, state: TrainState, again: bool) -> None
     split = config.eval.final_split
     if split == "none" or (again and directory.evaluation.exists()):
         return
+    watchdog.section("evaluate", state.step)
     final = Evaluation(split, None, training.plan, generate=True, final=True)
     metrics = evaluate(training.engine, training.task, training.corpus, final, directory.path, state.step)
     training.sinks.log_evaluation(state.step, {"split": split, **metrics})

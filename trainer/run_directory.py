@@ -23,9 +23,11 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.quarantine = path / "quarantine.jsonl"
         self.tokenizer = path / "tokenizer.json"
         self.config = path / "config.yaml"
         self.evaluation = path / "evaluation.json"
+        self.heartbeats = path / "heartbeats"
 
     @classmethod
     def of(cls, config: Config) -> RunDirectory:
@@ -82,20 +84,33 @@ class RunDirectory:
         """Where a rank's messages go."""
         return self.path / "logs" / f"rank_{rank:05d}.log"
 
+    def stacks(self, rank: int) -> Path:
+        """Where the stacks of a rank that hangs go."""
+        return self.path / "logs" / f"stacks_rank_{rank:05d}.txt"
+
     def open_trace(self, rank: int, last_step: int) -> JsonLines:
         """The trace of a rank's samples. Rank 0 cuts all back to `last_step`: there may have been more ranks before."""
         folder = self.path / "samples"
         for path in folder.glob("rank_*.jsonl") if rank == 0 else ():
             truncate_after(path, last_step)
-        return JsonLines(folder / f"rank_{rank:05d}.jsonl", last_step)
+        return JsonLines(self._trace(rank), last_step)
+
+    def _trace(self, rank: int) -> Path:
+        return self.path / "samples" / f"rank_{rank:05d}.jsonl"
 
     def open_quarantine(self, last_step: int) -> JsonLines:
         """The records that gave no sample, cut back to `last_step`."""
-        return JsonLines(self.path / "quarantine.jsonl", last_step)
+        return JsonLines(self.quarantine, last_step)
+
+    def rewind(self, rank: int, last_step: int) -> None:
+        """Cut the files of steps that this rank writes back to `last_step`; they may be open, each line is appended."""
+        for path in (self._trace(rank), *((self.metrics, self.quarantine) if rank == 0 else ())):
+            if path.exists():
+                truncate_after(path, last_step)
 
     def status(self, state: str, step: int, reason: str, exit_code: int | None = None) -> None:
         """Say how the run stands: running, finished, preempted or failed. Replaced in one move."""
-        partial = self.path / ".status.json"
+        partial = self.path / f".status_{os.getpid()}.json"  # any rank may have to tell of a hang
         _write_json(partial, {"state": state, "step": step, "reason": reason, "exit_code": exit_code})
         partial.replace(self.path / "status.json")
 

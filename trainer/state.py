@@ -14,7 +14,8 @@ class TrainState:
 
     step: optimizer steps done; tokens: target tokens; samples; epoch: passes over the data, fractional; seconds: wall
     time spent training; best: the best value of the headline metric so far and the step that reached it;
-    stale_evaluations: how many evaluations ago that was.
+    stale_evaluations: how many evaluations ago that was; losses, grad_norms: of late, without anomalies;
+    anomalies: steps of late that had one (see `trainer.guards.anomalies`).
     """
 
     step: int = 0
@@ -25,6 +26,9 @@ class TrainState:
     best: float | None = None
     best_step: int | None = None
     stale_evaluations: int = 0
+    losses: tuple[float, ...] = ()
+    grad_norms: tuple[float, ...] = ()
+    anomalies: tuple[int, ...] = ()
 
     def advance(self, tokens: int, samples: int, epoch: float, seconds: float) -> TrainState:
         """The state after one more optimizer step."""
@@ -51,4 +55,7 @@ class TrainState:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
         """The state that `to_dict` wrote; keys it does not know are left aside."""
         known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        frozen: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known
+        }
+        return cls(**frozen)

@@ -2,8 +2,8 @@
 
     python scripts/bench/checkpoint.py [--pairs 7] [--steps 12] [key=value ...]
 
-One process trains the model of `experiment=translation_base` (12.5 M parameters, 150 MB of state in fp32) on the data of
-the quick start unless told otherwise. A pair is `steps` steps with a save begun at the first, and as many without.
+One process trains the model of `experiment=translation_base` (12.5 M parameters, 150 MB of state in fp32) on the data
+of the quick start unless told otherwise. A pair is `steps` steps with a save begun at the first, and as many without.
 Printed: medians and ranges of the ratio of their times, and of the stall (seconds in the call of `save`) to a save that
 blocks.
 """

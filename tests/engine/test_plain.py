@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -139,6 +141,20 @@ def test_state_exists_before_the_first_step_and_changes_nothing():
     assert train_step(fresh, make_batch()) == train_step(engine, make_batch())
     for name, value in weights(fresh).items():
         assert torch.equal(weights(engine)[name], value)
+
+
+@pytest.mark.parametrize(("poison", "max_norm"), [(float("nan"), math.inf), (float("inf"), math.inf), (1.0, 1e-9)])
+def test_a_gradient_that_is_refused_leaves_everything_as_it_was(poison, max_norm):
+    engine = make_engine(clip_norm=1.0)
+    train_step(engine, make_batch())
+    before = {(f.parameter, f.key): f.tensor.clone() for f in engine.fragments()}
+    engine.forward_backward(Squares(), make_batch(seed=1), poison, last=True)
+    engine.step(1e-2, max_norm)
+    assert engine.skipped_steps == 1 and engine.scalars() == {"step": 1.0}
+    assert all(f.tensor.equal(before[f.parameter, f.key]) for f in engine.fragments())
+    heir = make_engine(clip_norm=1.0)
+    train_step(heir, make_batch())
+    assert train_step(engine, make_batch(seed=2)) == train_step(heir, make_batch(seed=2))
 
 
 def test_evaluating_switches_dropout_and_gradients_off_and_back():

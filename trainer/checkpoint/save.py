@@ -62,7 +62,7 @@ class Checkpointer:
         root: Path,
         engine: Engine,
         plan: Mapping[str, Any],
-        config: CheckpointConfig,
+        checkpoint: CheckpointConfig,
         told: Callable[[int, str | None], None],
     ) -> None:
         """root: the run's `checkpoints` folder; told: on rank 0, the step of a
@@ -70,7 +70,7 @@ class Checkpointer:
         self._root = root
         self._engine = engine
         self._plan = plan
-        self._config = config
+        self.checkpoint = checkpoint
         self._told = told
         self._snapshot: _Snapshot | None = None
         self._thread: threading.Thread | None = None
@@ -100,7 +100,7 @@ class Checkpointer:
             self._snapshot = _take_snapshot(self._engine, state, lanes)
             self._thread = threading.Thread(target=self._write, args=(self._snapshot,), name="checkpoint")
             self._thread.start()
-            if not self._config.asynchronous:
+            if not self.checkpoint.asynchronous:
                 self.finish()
         elif best:  # the same step of the same run: whole, so nothing to add
             distributed.on_rank_zero(lambda: point(self._root, "best", final.name))
@@ -164,7 +164,7 @@ class Checkpointer:
             point(self._root, "latest", step_name(step))
             if self._best:
                 point(self._root, "best", step_name(step))
-            prune(self._root, self._config.keep, self._config.keep_every)
+            prune(self._root, self.checkpoint.keep, self.checkpoint.keep_every)
         except OSError as error:
             return [f"rank 0: {error}"]
         return []

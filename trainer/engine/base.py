@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -55,13 +56,16 @@ class Engine(Protocol):
         be reduced now).
         """
 
-    def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr`, clear the gradients; returns the global gradient norm before
-        clipping."""
+    def step(self, lr: float, max_norm: float = math.inf) -> float:
+        """Clip, update with learning rate `lr`, clear the gradients; returns the global gradient norm before clipping.
+
+        There is no update where that norm is not finite or above `max_norm`: masters and optimizer states stay as they
+        are.
+        """
 
     @property
     def skipped_steps(self) -> int:
-        """Steps without an update so far, because a gradient overflowed in fp16."""
+        """Steps without an update so far."""
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's pieces of the training state; over all ranks they cover all of it at least once.

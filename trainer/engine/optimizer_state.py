@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+
+
+def passes(norm: float, max_norm: float) -> bool:
+    """Whether a gradient of this norm may update the parameters."""
+    return math.isfinite(norm) and norm <= max_norm
 
 
 def materialise_state(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:

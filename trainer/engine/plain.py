@@ -7,6 +7,7 @@ the norm are each one operation, whatever the number of layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
@@ -19,6 +20,7 @@ from trainer.engine.optimizer_state import (
     evaluation_mode,
     get_step,
     materialise_state,
+    passes,
     set_step,
     tensor_states,
 )
@@ -35,7 +37,6 @@ class PlainEngine:
 
     replicated = True
     ranks_must_step_together = False
-    skipped_steps = 0  # bf16 and fp32 do not overflow
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class PlainEngine:
         compiled: bool = False,
     ) -> None:
         self._clip_norm = clip_norm
+        self.skipped_steps = 0
         self._names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._offsets = _offsets(parameters)
@@ -94,17 +96,23 @@ class PlainEngine:
             dist.all_reduce(self._sum_flat)
         return sums
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, max_norm: float = math.inf) -> float:
         """See the contract."""
         norm = float(torch.linalg.vector_norm(self._sum_flat))
+        if passes(norm, max_norm):
+            self._update(lr, norm)
+        else:
+            self.skipped_steps += 1
+        self._sum_flat.zero_()
+        return norm
+
+    def _update(self, lr: float, norm: float) -> None:
         if self._clip_norm is not None and norm > self._clip_norm:
             self._sum_flat.mul_(self._clip_norm / norm)
         set_learning_rate(self._optimizer, lr)
         self._optimizer.step()
         if self._working_flat is not self._masters_flat:
             self._working_flat.copy_(self._masters_flat)
-        self._sum_flat.zero_()
-        return norm
 
     def fragments(self) -> Iterator[Fragment]:
         """See the contract: everything, on every rank."""

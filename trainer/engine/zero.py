@@ -8,10 +8,11 @@ the world size here and the division by accumulation is switched off. Accumulati
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from trainer import distributed
 from trainer.engine.base import BuildModel, Fragment
-from trainer.engine.optimizer_state import evaluation_mode, get_step, materialise_state, set_step, tensor_states
+from trainer.engine.optimizer_state import evaluation_mode, get_step, materialise_state, passes, set_step, tensor_states
 from trainer.engine.plain import BuildOptimizer
 from trainer.optim import set_learning_rate
 from trainer.tasks import Batch, LossSums, Task
@@ -79,11 +80,9 @@ class ZeroEngine:
             )
         self.model: torch.nn.Module = self._engine
         self._base_optimizer: torch.optim.Optimizer = self._optimizer.optimizer
-
-    @property
-    def skipped_steps(self) -> int:
-        """See the contract."""
-        return int(self._engine.skipped_steps)
+        self.skipped_steps = 0
+        if hasattr(self._optimizer, "loss_scaler"):
+            self._optimizer.loss_scaler.raise_error_at_min_scale = False  # `trainer.guards.anomalies` sees to it
 
     def forward_backward(self, task: Task, batch: Batch, scale: float, last: bool) -> LossSums:
         """See the contract."""
@@ -92,11 +91,31 @@ class ZeroEngine:
         self._engine.backward(sums.objective * (scale * distributed.world_size()), scale_wrt_gas=False)
         return sums
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, max_norm: float = math.inf) -> float:
         """See the contract."""
         set_learning_rate(self._base_optimizer, lr)
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        with self._updating_up_to(max_norm):
+            self._engine.step()
+        self.skipped_steps += not passes(self._norm(), max_norm)
+        return self._norm()
+
+    def _norm(self) -> float:
+        return float(self._optimizer._global_grad_norm or 0.0)
+
+    @contextmanager
+    def _updating_up_to(self, max_norm: float) -> Iterator[None]:
+        """Inside, the optimizer in DeepSpeed's hands does nothing for a larger gradient.
+
+        Every stage knows the norm before it calls the optimizer, writes masters into parameters after it, which changes
+        nothing then, and clears the gradients.
+        """
+        optimizer: Any = self._base_optimizer
+        update = optimizer.step
+        optimizer.step = lambda *_: update() if passes(self._norm(), max_norm) else None
+        try:
+            yield
+        finally:
+            del optimizer.step
 
     def _flats(self) -> list[torch.Tensor]:
         """The fp32 masters of this rank: one flat tensor a parameter group (a sub-group in stage 3)."""

@@ -25,7 +25,7 @@ class StepInfo:
     target_tokens: positions with loss in this step's global batch; padding_fraction: padding / positions since the last
     logged step; step_seconds: mean since the last logged step; loader_wait_seconds: mean wait for data per step since
     then; mfu: model FLOP/s over the peak, or None where the peak is unknown; memory_bytes: peak resident (CPU) or
-    allocated (GPU) memory of the largest rank; skipped_steps: steps without an update so far (fp16 overflow); data:
+    allocated (GPU) memory of the largest rank; skipped_steps: steps without an update so far; data:
     records in the first pass that could not be used ("bad_record"), and those each stage removed or changed, so far.
     """
 

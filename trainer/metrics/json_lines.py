@@ -16,7 +16,7 @@ class JsonLines:
     twice. Numbers that are not finite become null: every line is valid JSON.
     """
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(self, path: Path, last_step: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             truncate_after(path, last_step)
@@ -33,7 +33,7 @@ class JsonLines:
         self._file.close()
 
 
-def truncate_after(path: Path, last_step: int) -> None:
+def truncate_after(path: Path, last_step: float) -> None:
     """Cut the file before its first line that belongs to a step after `last_step` or is not a whole JSON object."""
     with path.open("r+b") as file:
         end = 0
