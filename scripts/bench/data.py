@@ -136,7 +136,8 @@ def bench_peer(folder: Path, options: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    for name, shards, task, tokenizer, _, columns in text_setups(folder):
+    for name, shards, task, tokenizer, records, columns in text_setups(folder):
+        names = list(records[0])
         fast = transformers.PreTrainedTokenizerFast(
             tokenizer_object=tokenizer._backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
         )
@@ -154,13 +155,13 @@ def bench_peer(folder: Path, options: argparse.Namespace) -> None:
         for workers in options.workers:
 
             def theirs(
-                shards: Path = shards, columns: Any = columns, encode: Any = encode, collator: Any = collator,
+                shards: Path = shards, names: Any = names, encode: Any = encode, collator: Any = collator,
                 workers: int = workers,
             ) -> float:  # fmt: skip
                 stream = datasets.load_dataset(
                     "json", data_files=str(shards / "*.jsonl"), split="train", streaming=True
                 ).shuffle(seed=0, buffer_size=10_000)
-                encoded = stream.map(encode, batched=True, remove_columns=columns)
+                encoded = stream.map(encode, batched=True, remove_columns=names)
                 started, tokens = time.perf_counter(), 0
                 for batch in torch.utils.data.DataLoader(
                     encoded, batch_size=GLOBAL_SIZE, collate_fn=collator, num_workers=workers

@@ -85,6 +85,7 @@ class LocalDealer:
         """Whether this dealer tells what its readers rejected; of dealers that read the same, one does."""
         self._place = 0
         """Place in the whole stream where the next step begins, the same for all dealers."""
+        self._begun = False
 
     def load_lane_states(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         """See `Dealer`."""
@@ -95,6 +96,10 @@ class LocalDealer:
 
     def deal(self) -> Dealt:
         """See `Dealer`."""
+        if not self._begun:
+            self._begun = True
+            for lane in self._readers.values():
+                lane.prefetch()
         begin, end = self._place, self._place + self._global_size
         first = begin + (self._index - begin) % self._count
         rows: list[tuple[int, Row]] = []

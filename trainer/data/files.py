@@ -17,7 +17,10 @@ from trainer.tasks import BadRecord, Record
 
 __all__ = ["COMPRESSIONS", "FORMATS", "FileSource", "file_format"]
 
-SMALLEST, LARGEST = 1 << 20, 16 << 20
+RANGES = 8
+"""Ranges for each shard that is wanted: a resume reads a range up to its place."""
+
+SMALLEST, LARGEST = 256 << 10, 16 << 20
 """Bytes of a part of a file of lines; a resume scans no more than the largest, and cutting finer gains nothing."""
 
 _FEW = 8
@@ -93,7 +96,7 @@ def _cut_files(
         path for path, kind in zip(paths, kinds, strict=True) if few or (kind in ("jsonl", "text") and _is_plain(path))
     ]
     sizes = _sizes(candidates, few, retries)
-    step = min(max(sum(sizes.values()) // min_shards, SMALLEST), LARGEST) if few else LARGEST
+    step = min(max(sum(sizes.values()) // (RANGES * min_shards), SMALLEST), LARGEST) if few else LARGEST
     parts: list[Part] = []
     reasons: list[str] = []
     for path, name, kind in zip(paths, names, kinds, strict=True):

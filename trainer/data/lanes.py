@@ -130,6 +130,13 @@ class BlockReader:
         """How much of the block is read, 0 to 1."""
         return 1.0 if self._complete else self._num_drawn / self._block
 
+    def prefetch(self) -> bool:
+        """Let the next part of each source be encoded in other threads; whether there was something to begin."""
+        if self._complete:
+            return False
+        active = self._rules.active(self._places)
+        return any([reader.prefetch() for reader, there in zip(self._readers, active, strict=True) if there])
+
     def read_part(self, count: int) -> None:
         """Draw `count` more records, or fewer where the block is complete before."""
         for _ in range(count):
@@ -233,17 +240,23 @@ class Lane:
                 self._position, self._rows, self._told = self._following, None, False
         return None
 
+    def prefetch(self) -> None:
+        """Begin on the block at hand, which `at` will ask for."""
+        if self._rows is None:
+            self._reader.prefetch()
+
     def take_rejected(self) -> list[Rejected]:
         """What was rejected in the blocks begun since the last call."""
         rejected, self._rejected = self._rejected, []
         return rejected
 
     def work_ahead(self, turn: int) -> None:
-        """Read and encode a part of the next block when it is time: evenly over this block, one lane after another."""
+        """Begin on a part of the next block when it is time, or finish it: evenly over this block, one lane after
+        another."""
         if self._rows is None or self._rules.finished(self._following):
             return
         share = (turn - self._position.first + 1) / len(self._rows)
-        if self._reader.share + self._index / self._rules.order.lanes < share:
+        if self._reader.share + self._index / self._rules.order.lanes < share and not self._reader.prefetch():
             self._reader.read_part(self._rules.order.block)
 
     def state(self, turn: int) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from numpy.typing import NDArray
@@ -22,6 +24,9 @@ BAD_RECORD = "bad_record"
 
 _MIN_RECORDS = 1000
 """Bad records are compared with a fraction of at least so many, lest one bad record end a run that has just begun."""
+
+_THREADS, _CHUNK = 2, 128
+"""Threads that encode, and records that one of them encodes at once."""
 
 _MAX_EMPTY_EPOCHS = 100
 """Epochs in a row that may give a lane nothing (its shards happened to be empty) before it is an error."""
@@ -126,6 +131,23 @@ class ShardSequence:
         return rows, (epoch, shard, offset)
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """Rows on their way through the task. results: what the stages left of each, to be replaced by what is encoded;
+    changes: what they changed, by row; usable: the rows that go to the task."""
+
+    rows: Sequence[Row]
+    results: list[Any]
+    changes: Mapping[int, Counter[str]]
+    usable: Sequence[int]
+    encoded: Future[list[Encoded | BadRecord]]
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="encode")
+
+
 class Encoder:
     """Rows of one source to samples, through its stages and its task.
 
@@ -155,23 +177,28 @@ class Encoder:
         self._num_bad = 0
         self._first_bad = ""
 
-    def encode(self, rows: Sequence[Row]) -> list[Drawn]:
+    def submit(self, rows: Sequence[Row]) -> _Pending:
+        """Begin to encode rows in another thread: tokenizers leave Python's lock to others while they work."""
+        results, changes = self._through_stages(rows)
+        usable = [index for index, result in enumerate(results) if type(result) is not _Unusable]
+        records: list[Record] = [results[index] for index in usable]  # type: ignore[misc]
+        return _Pending(rows, results, changes, usable, _pool().submit(self._task.encode, records))
+
+    def collect(self, pending: _Pending) -> list[Drawn]:
         """One Drawn for each usable row, and one without samples if rejected rows stand at the end.
 
         Raises DataError naming the first bad record when there are too many.
         """
-        results, changes = self._through_stages(rows)
-        usable = [index for index, result in enumerate(results) if type(result) is not _Unusable]
+        rows, outcomes = pending.rows, pending.results
         try:
-            encoded = self._task.encode([results[index] for index in usable]) if usable else []  # type: ignore[misc]
+            encoded = pending.encoded.result()
         except Exception as error:
             error.add_note(f"while encoding {self._id(rows[0])} to {self._id(rows[-1])}")
             raise
-        assert len(encoded) == len(usable), "a task gives one result per record"
-        outcomes: list[Any] = results
-        for index, one in zip(usable, encoded, strict=True):
+        assert len(encoded) == len(pending.usable), "a task gives one result per record"
+        for index, one in zip(pending.usable, encoded, strict=True):
             outcomes[index] = _Unusable(BAD_RECORD, one.reason) if type(one) is BadRecord else one
-        return list(self._drawn(rows, outcomes, changes))
+        return list(self._drawn(rows, outcomes, pending.changes))
 
     def _through_stages(self, rows: Sequence[Row]) -> tuple[list[Record | _Unusable], dict[int, Counter[str]]]:
         """What the stages made of each row, and how much they changed in those they changed."""
@@ -193,7 +220,7 @@ class Encoder:
         return results, changes
 
     def _drawn(
-        self, rows: Sequence[Row], outcomes: Sequence[Encoded | _Unusable], changes: Mapping[int, Counter[str]]
+        self, rows: Sequence[Row], outcomes: Sequence[Any], changes: Mapping[int, Counter[str]]
     ) -> Iterator[Drawn]:
         rejected: list[Rejected] = []
         changed: Counter[str] = Counter()
@@ -271,7 +298,9 @@ class RecordReader:
         self._part = part
         self._place: Place | None = None
         self._drawn: deque[Drawn] = deque()
+        self._pending: deque[_Pending] = deque()
         self._read_to: Place = (0, 0, 0)
+        self._ended = False
         self._empty_epochs = 0
 
     def seek(self, place: Place) -> None:
@@ -279,6 +308,15 @@ class RecordReader:
         if place != self._place:
             self._place = self._read_to = place
             self._drawn.clear()
+            self._pending.clear()
+            self._ended = False
+
+    def prefetch(self) -> bool:
+        """Begin on the next part if nothing else is at hand; whether there was something to begin."""
+        idle = not (self._drawn or self._pending or self._ended)
+        if idle:
+            self._read()
+        return idle
 
     def draw(self) -> Drawn:
         """What comes next. At the end of an epoch: no samples, and the place of the next epoch's beginning.
@@ -286,12 +324,14 @@ class RecordReader:
         Raises DataError where there is nothing, epoch after epoch.
         """
         while not self._drawn:
-            epoch = self._read_to[0]
-            rows, self._read_to = self.sequence.take(self._read_to, self._part)
-            self._drawn.extend(self._encoder.encode(rows))
-            if self._read_to[0] > epoch:
+            if self._pending:
+                self._drawn.extend(self._encoder.collect(self._pending.popleft()))
+            elif self._ended:
+                self._ended = False
                 self._drawn.append(Drawn([], self._read_to))
                 self._empty_epochs += 1
+            else:
+                self._read()
         drawn = self._drawn.popleft()
         if drawn.samples:
             self._empty_epochs = 0
@@ -302,3 +342,11 @@ class RecordReader:
             )
         self._place = drawn.after
         return drawn
+
+    def _read(self) -> None:
+        """Read a part, and begin to encode it."""
+        epoch = self._read_to[0]
+        rows, self._read_to = self.sequence.take(self._read_to, self._part)
+        self._ended = self._read_to[0] > epoch
+        for begin in range(0, len(rows), _CHUNK):
+            self._pending.append(self._encoder.submit(rows[begin : begin + _CHUNK]))

@@ -102,7 +102,7 @@ class Tally:
         while not self._complete and (left := max_records - self._numbers["records"]):
             start = time.perf_counter()
             rows, place = sequence.take(place, min(_PART, left))
-            drawn = encoder.encode(rows)
+            drawn = encoder.collect(encoder.submit(rows))
             self._seconds += time.perf_counter() - start
             self._complete = place[0] > 0
             advance(len(rows))

@@ -74,7 +74,10 @@ class Task(Protocol):
     """Positions of the longest of the `pieces`; must not exceed the model's `max_positions`. None: any."""
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
-        """Encode many records at once (the tokenizer is batched); one result per record, in order."""
+        """Encode many records at once (the tokenizer is batched); one result per record, in order.
+
+        Called from several threads, so it keeps nothing between calls.
+        """
 
     def pieces(self, sample: Encoded) -> list[Encoded]:
         """What goes into batches for `sample`: itself, or the parts of one longer than `max_length`, in order."""
