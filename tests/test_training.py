@@ -88,8 +88,9 @@ def test_a_resumed_run_goes_on_to_the_last_bit(run_trainer, engine, ranks, preci
     resumed = run_trainer(common, ranks=ranks).check()
     assert "after step 4" in resumed.stdout
     facts = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "epoch", "padding_fraction")
-    assert [[row.get(fact) for fact in facts] for row in rows(runs_dir, "run")] == [
-        [row.get(fact) for fact in facts] for row in whole
+    steps = [row for row in rows(runs_dir, "run") if "loss" in row]
+    assert [[row[fact] for fact in facts] for row in steps] == [
+        [row[fact] for fact in facts] for row in whole if "loss" in row
     ]
     assert traced(runs_dir / "run") == traces
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -59,7 +60,12 @@ def process_group(always: bool = False, timeout_seconds: float = 1800.0) -> Iter
         store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        whole, own_rank, size = next(rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart, and with it the addresses of ranks that are gone.
+        attempt = torch._C._distributed_c10d.PrefixStore(
+            f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", whole
+        )
+        dist.init_process_group(backend, store=attempt, rank=own_rank, world_size=size, timeout=timeout)
     try:
         yield
     finally:

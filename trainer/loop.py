@@ -168,7 +168,8 @@ def _interrupted(config: Config, totals: _StepTotals, batch: StepBatch) -> Outco
     if config.stop.minutes is not None and totals.seconds >= 60 * config.stop.minutes:
         return Outcome("finished", f"stop.minutes: {totals.seconds / 60:.1f} of {config.stop.minutes:g}", 0)
     if totals.exhausted:
-        return Outcome("finished", f"the data have ended after {totals.epoch:g} passes", 0)
+        key = "stop.epochs" if config.stop.epochs is not None else "data.sources"
+        return Outcome("finished", f"{key}: {totals.epoch:g} passes over the data", 0)
     return None
 
 

@@ -29,8 +29,9 @@ from trainer.main import assemble
 from trainer.state import TrainState
 
 WORDS = [
-    "experiment=translation_base", "data=homeassistant_en_de", "tokenizer.max_records=5000", "batch.global_size=64",
-    "batch.micro_tokens=null", "logging=[]", "eval.final_split=none", "eval.every=0", "name=bench",
+    "experiment=translation_base", "data.path=corpora:homeassistant_en_de", "tokenizer.max_records=5000",
+    "batch.global_size=64", "batch.micro_tokens=null", "logging=[]", "eval.final_split=none", "eval.every=0",
+    "name=bench",
 ]  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def test_two_processes_make_the_same_bytes(large: tuple[Path, dict[str, str], li
     source, expected, rows = large
     done = call(source, tmp_path / "out", "--shards", 6, "--processes", 2)
     assert done.returncode == 0, done.stderr
-    assert "units read: 40 of 40" in done.stdout and "files written: 8 of 8" in done.stdout
+    assert "files written: 8 of 8" in done.stdout
     assert sums(tmp_path / "out") == expected
     found = [row for split in ("train", "validation", "test") for row in rows_of(tmp_path / "out", split)]
     assert keys(found) == keys(rows)

@@ -96,17 +96,17 @@ class LocalDealer:
 
     def deal(self) -> Dealt:
         """See `Dealer`."""
-        if not self._begun:
-            self._begun = True
-            for lane in self._readers.values():
-                lane.prefetch()
+        beginning, self._begun = not self._begun, True
+        for lane in self._readers.values() if beginning else ():
+            lane.prefetch()
         begin, end = self._place, self._place + self._global_size
         first = begin + (self._index - begin) % self._count
         rows: list[tuple[int, Row]] = []
         for place in range(first, end, self._count):
             lane, turn = self._readers[place % self._stride], place // self._stride
             row = lane.at(turn)
-            lane.work_ahead(turn)
+            if not beginning:  # the first step is waited for
+                lane.work_ahead(turn)
             if row is not None:
                 rows.append((place, row))
         self._place = end

@@ -17,6 +17,9 @@ from trainer.tasks import BadRecord, Record
 
 __all__ = ["COMPRESSIONS", "FORMATS", "FileSource", "file_format"]
 
+_TELL = 4
+"""A file that cannot be cut and is smaller than so many of the smallest parts costs little: nobody need be told."""
+
 RANGES = 8
 """Ranges for each shard that is wanted: a resume reads a range up to its place."""
 
@@ -101,7 +104,9 @@ def _cut_files(
     reasons: list[str] = []
     for path, name, kind in zip(paths, names, kinds, strict=True):
         size = sizes.get(path)
-        reason = _uncut_because(path, kind, retries) if size is not None and size > step else None
+        reason = (
+            _uncut_because(path, kind, retries) if size is not None and size > max(step, _TELL * SMALLEST) else None
+        )
         if size is None or reason or (kind != "parquet" and size <= step):
             cuts = [Part(path, name)]
         elif kind == "parquet":
