@@ -104,9 +104,7 @@ def _cut_files(
     reasons: list[str] = []
     for path, name, kind in zip(paths, names, kinds, strict=True):
         size = sizes.get(path)
-        reason = (
-            _uncut_because(path, kind, retries) if size is not None and size > max(step, _TELL * SMALLEST) else None
-        )
+        reason = _uncut_because(path, kind, retries) if size is not None and size > step else None
         if size is None or reason or (kind != "parquet" and size <= step):
             cuts = [Part(path, name)]
         elif kind == "parquet":
@@ -116,7 +114,7 @@ def _cut_files(
         else:
             cuts = [Part(path, f"{name}@{begin}", begin, min(begin + step, size)) for begin in range(0, size, step)]
         parts += cuts
-        if size is not None and len(cuts) * step < size:
+        if size is not None and len(cuts) * step < size and size > _TELL * SMALLEST:
             pieces = "row groups" if kind == "parquet" else "record batches"
             reasons.append(f"{name} {reason or f'has no finer pieces than its {pieces}'}")
     return parts, reasons[0] if reasons and len(parts) < min_shards else None
