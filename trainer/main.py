@@ -85,7 +85,8 @@ def assemble(
 
     data = build(config.data, "data")
     config, tokenizer = make_tokenizer(config, data, directory)
-    task, corpus = make_task(config, tokenizer), make_corpus(config, data, tokenizer)
+    task = make_task(config, tokenizer)
+    corpus = make_corpus(config, data, tokenizer, task)
     distributed.on_rank_zero(lambda: check_evaluation(config, plan, corpus))
     schedule: Schedule = build(config.schedule, "schedule", total=total_progress(config))
     build_model = partial(build, config.model, "model")

@@ -75,11 +75,11 @@ def _texts(data: StreamData, columns: Mapping[str, Sequence[str]]) -> Iterator[s
                     yield value
 
 
-def make_corpus(config: Config, data: StreamData, tokenizer: Tokenizer | None) -> Corpus:
-    """The data with a task for each source, which is `config.task` but for the options the source changes, and with
-    the stages. Raises ConfigError."""
+def make_corpus(config: Config, data: StreamData, tokenizer: Tokenizer | None, task: Task) -> Corpus:
+    """The data with a task for each source, which is `task` but for the options the source changes, and with the
+    stages. Raises ConfigError."""
     tasks: dict[str, Task] = {
-        name: build(part, f"data.sources.{name}.task" if name else "task", tokenizer=tokenizer)
+        name: build(part, f"data.sources.{name}.task", tokenizer=tokenizer) if data.sources[name].task else task
         for name, part in _task_parts(config, data).items()
     }
     return Corpus(data, tasks, {name: make_stages(data, name) for name in data.datasets})

@@ -56,5 +56,6 @@ def restore_run(name: str, runs_dir: str = "runs", checkpoint: str = "latest") -
         for parameter, weights in reader.whole():
             parameters[parameter].data.copy_(weights)
     model = model.to(distributed.device(), DTYPES[config.precision]).eval()
-    corpus = make_corpus(config, build({**config.data, "stages": []}, "data"), tokenizer)
-    return RestoredRun(config, directory, corpus, tokenizer, make_task(config, tokenizer), model, found.state.step)
+    task = make_task(config, tokenizer)
+    corpus = make_corpus(config, build({**config.data, "stages": []}, "data"), tokenizer, task)
+    return RestoredRun(config, directory, corpus, tokenizer, task, model, found.state.step)

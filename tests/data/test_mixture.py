@@ -95,6 +95,13 @@ def test_a_source_that_stops_ends_the_run() -> None:
     assert seen["small"] == 240 and seen["large"] == pytest.approx(240, abs=24)
 
 
+def test_a_mixture_of_one_ends_as_it_is_told() -> None:
+    data = memory_data({"a": MemorySource([7] * 24)}, sources={"a": {"at_end": "stop"}}, lanes=24, block=4)
+    (steps,) = steps_of(data, None)
+    seen = Counter(id for step in steps for id in step.ids)
+    assert set(seen.values()) == {1} and len(seen) == 24 * 7
+
+
 def test_a_source_that_repeats_begins_again() -> None:
     sources = {"small": MemorySource([2] * 24), "large": MemorySource([40] * 24)}
     given = {"large": {"at_end": "stop"}}

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.models.test_encoder_decoder import T5
 from trainer.models.attention import masked_score, segment_bias
 from trainer.models.decoder import Decoder
 from trainer.models.encoder_decoder import EncoderDecoder
@@ -19,15 +20,6 @@ from trainer.tasks import Encoded
 from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.translation import Translation
 
-T5 = {
-    "norm": "rms",
-    "activation": "geglu",
-    "positions": "relative",
-    "bias": False,
-    "tie_embeddings": False,
-    "scale_attention": False,
-    "scale_embeddings": False,
-}
 VARIANTS = {
     "sinusoidal": {},
     "learned": {"positions": "learned", "max_positions": 12},

@@ -75,6 +75,8 @@ class Checkpointer:
         self._snapshot: _Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._best = False
+        self.failure: str | None = None
+        """Why the last commit gave no checkpoint."""
         self._shard = _Shard("", 0, "", {}, {}, "nothing was written")
 
     @property
@@ -122,9 +124,6 @@ class Checkpointer:
         self.failure = f"the checkpoint of step {step} was not written: {'; '.join(failures)}" if failures else None
         if distributed.rank() == 0:
             self._told(step, self.failure)
-
-    failure: str | None = None
-    """Why the last commit gave no checkpoint."""
 
     def finish(self) -> None:
         """Wait for a save that is under way, and commit it."""

@@ -125,7 +125,7 @@ class Stream:
         self.rules = Rules(
             Order(seed, data.lanes, data.block, global_size, data.shuffle, data.batching),
             data.mixture(seed),
-            [max_epochs] if len(options) == 1 else [None if one.at_end == "repeat" else 1.0 for one in options],
+            [max_epochs if one.at_end == "repeat" else 1.0 for one in options],
             self.row_lengths,
         )
         self.stride = self._choose_stride()

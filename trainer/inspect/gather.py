@@ -25,6 +25,7 @@ from trainer.inspect.tally import WHAT, Advance, Tally, Values, show_fields, sid
 from trainer.parts import make_corpus, make_task, make_tokenizer
 from trainer.plan import make_plan
 from trainer.run_directory import RunDirectory
+from trainer.tasks import Task
 
 if TYPE_CHECKING:
     from trainer.data.tokenizer import Tokenizer
@@ -40,7 +41,8 @@ def gather(config: Config, num_shown: int, max_records: int | None, max_steps: i
         warnings += _differing_run(config, directory)
         data = build(config.data, "data")
         config, tokenizer = make_tokenizer(config, data, directory)
-        corpus = make_corpus(config, data, tokenizer)
+        task = make_task(config, tokenizer)
+        corpus = make_corpus(config, data, tokenizer, task)
         corpus.check("train")
         make_stream = partial(Stream, corpus, config.seed, config.batch.global_size, config.stop.epochs)
         stream = make_stream()  # refuses, before the pass, what does not fit
@@ -51,7 +53,7 @@ def gather(config: Config, num_shown: int, max_records: int | None, max_steps: i
         batches: Batches | None = None
         try:
             rows = _first_rows(stream, corpus, tokenizer, min(num_shown, config.batch.global_size))
-            batches = _first_steps(config, make_stream(), tokenizer, max_steps)
+            batches = _first_steps(config, make_stream(), task, max_steps)
         except DataError as error:
             warnings.append(f"Training would stop: {error}")
     totals = Counts(*(sum(getattr(one.counts, entry.name) for one in sources) for entry in fields(Counts)))
@@ -144,10 +146,10 @@ def _first_rows(stream: Stream, corpus: Corpus, tokenizer: Tokenizer | None, cou
     return shown
 
 
-def _first_steps(config: Config, stream: Stream, tokenizer: Tokenizer | None, max_steps: int) -> Batches:
+def _first_steps(config: Config, stream: Stream, task: Task, max_steps: int) -> Batches:
     """The padding of up to `max_steps` steps, of an epoch at most."""
     dealers = make_dealers(stream, rank=0, world_size=1)
-    loader = Loader(dealers, make_task(config, tokenizer), make_plan(config, 1), stream.row_lengths)
+    loader = Loader(dealers, task, make_plan(config, 1), stream.row_lengths)
     steps, samples, epochs, first_padding = 0, 0, 0.0, 0.0
     positions, padding = 0, 0
     try:
