@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from trainer.build import build, check, check_parts, fits
+from trainer.build import build, check, check_parts, fits, part_problems
 from trainer.config import BatchConfig, Config
 from trainer.errors import ConfigError
 from trainer.schedule import Cosine
@@ -123,6 +124,21 @@ def test_foreign_code_runs_only_when_allowed(outside: str) -> None:
     with pytest.raises(ConfigError, match=r"model\._target_=their_package.* add allow_targets=\[their_package\.\]"):
         check_parts(config_with(model=model))
     check_parts(config_with(model=model, allow_targets=["their_package."]))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"stages": [{"_target_": "os.system", "command": "ls"}]}, r"data\.stages\.0\._target_=os\.system is code"),
+        ({"stages": [{"column": "en"}]}, r"data\.stages\.0 is no part: it needs _target_"),
+        ({"sources": {"a": {"task": {"_target_": "os.system"}}}}, r"sources\.a\.task\._target_=os\.system is code"),
+        ({"sources": {"a": {"task": {"souce_column": "x"}}}}, r"sources\.a\.task\.souce_column is no argument"),
+    ],
+)  # fmt: skip
+def test_parts_within_data_are_parts_too(data: dict[str, Any], message: str) -> None:
+    task = {"_target_": "trainer.tasks.translation.Translation", "source_column": "en", "target_column": "de"}
+    (problem, *_) = part_problems({"task": task, "data": {"_target_": "trainer.data.stream.StreamData", **data}})
+    assert re.search(message, problem)
 
 
 @pytest.mark.parametrize(

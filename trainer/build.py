@@ -91,19 +91,29 @@ def part_problems(values: Mapping[str, Any]) -> list[str]:
         (key, _given(key, values[key]), RUNTIME_ARGUMENTS.get(key, ())) for key in PARTS if values.get(key)
     ]
     parts += [(f"logging.{name}", sink, ()) for name, sink in values.get("logging", {}).items()]
-    parts += [(f"data.stages.{index}", stage, ()) for index, stage in enumerate(_stages(values))]
+    parts += _parts_of_data(values.get("data") or {}, values.get("task") or {})
     allowed = values.get("allow_targets", ())
     return [
         problem
         for key, part, runtime in parts
-        for problem in (_forbidden(part["_target_"], key, allowed) or check(part, key, runtime))
+        for problem in (_forbidden(part.get("_target_"), key, allowed) or check(part, key, runtime))
     ]
 
 
-def _stages(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The parts within `data`; what is no list of parts is refused as an argument of `data`."""
-    stages = (values.get("data") or {}).get("stages") or []
-    return [dict(stage) for stage in stages if isinstance(stage, Mapping) and isinstance(stage.get("_target_"), str)]
+def _parts_of_data(
+    data: Mapping[str, Any], task: Mapping[str, Any]
+) -> list[tuple[str, Mapping[str, Any], tuple[str, ...]]]:
+    """The parts within `data`: stages, and the task as each source changes it. What is no mapping there is refused as
+    an argument of `data`."""
+    stages, sources = data.get("stages"), data.get("sources")
+    listed = enumerate(stages) if isinstance(stages, list) else ()
+    named = sources.items() if isinstance(sources, Mapping) else ()
+    changes = [(name, given.get("task")) for name, given in named if isinstance(given, Mapping)]
+    return [(f"data.stages.{index}", stage, ()) for index, stage in listed if isinstance(stage, Mapping)] + [
+        (f"data.sources.{name}.task", {**task, **change}, RUNTIME_ARGUMENTS["task"])
+        for name, change in changes
+        if isinstance(change, Mapping)
+    ]
 
 
 def _given(key: str, part: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +121,9 @@ def _given(key: str, part: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in part.items() if (key, name) != ("tokenizer", "sha256")}
 
 
-def _forbidden(target: str, key: str, allowed: Sequence[str]) -> list[str]:
+def _forbidden(target: Any, key: str, allowed: Sequence[str]) -> list[str]:
+    if not isinstance(target, str):
+        return [f"{key} is no part: it needs _target_, the dotted path of a class, and its arguments."]
     if target.startswith((*PREFIXES, *allowed)):
         return []
     top = target.partition(".")[0]

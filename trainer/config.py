@@ -185,7 +185,7 @@ _LEAST = {
     **dict.fromkeys(("batch.global_size", "batch.micro_size", "batch.micro_tokens"), 1),
 }
 _TIME_OUTS = ("guard.start_seconds", "guard.step_seconds")
-_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes", "checkpoint.minutes", "guard.spike_factor", *_TIME_OUTS)
+_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes", "checkpoint.minutes", *_TIME_OUTS)
 
 _FREE = (
     *("name", "runs_dir", "steps", "resume", "dry_run", "allow_targets", "log", "eval", "stop", "checkpoint"),

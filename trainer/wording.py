@@ -33,6 +33,8 @@ def describe(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "one of " + ", ".join(hint.__members__)
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
+    if get_origin(hint) is Mapping:
+        return "a mapping"
     if hint in names:
         return names[hint]
     if get_origin(hint) is Literal:

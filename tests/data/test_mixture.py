@@ -123,6 +123,8 @@ def test_lanes_do_not_all_take_from_the_same_source_at_once() -> None:
     [
         ({"sources": {"a": {"path": "x", "wieght": 1}}}, "data.sources.a.wieght is no option of a source; did you"),
         ({"sources": {"a": {"weight": 1}}}, "data.sources.a=.* must be a mapping with path"),
+        ({"sources": {"a": {"path": 5}}}, "data.sources.a.path=5 is not a text"),
+        ({"sources": {"a": {"path": "x", "task": "y"}}}, "data.sources.a.task='y' is not a mapping of options"),
         ({"sources": {"a": {"path": "x", "weight": -1}}}, "data.sources.a.weight=-1 must be a number of 0 or more"),
         ({"sources": {"a": {"path": "x", "weight": [[5, 1.0]]}}}, "begins at step 0"),
         ({"sources": {"a": {"path": "x", "weight": [[0, 1], [9, 0]]}}}, "all weights are 0 from step 9 on"),

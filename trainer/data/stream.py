@@ -117,8 +117,9 @@ def _source_options(sources: Mapping[str, Any], problems: list[str]) -> dict[str
         elif unknown := [entry for entry in given if entry not in known]:
             problems += [f"{key}.{entry} is no option of a source{did_you_mean(entry, known)}" for entry in unknown]
         else:
-            options[name] = SourceOptions(**given)
-            problems += _source_problems(key, options[name])
+            found = _source_problems(key, one := SourceOptions(**given))
+            options |= {} if found else {name: one}
+            problems += found
     if len(options) == len(sources) and not problems:
         firsts = sorted({first for one in options.values() for first, _ in one.phases})
         problems += [
@@ -130,7 +131,15 @@ def _source_options(sources: Mapping[str, Any], problems: list[str]) -> dict[str
 
 
 def _source_problems(key: str, options: SourceOptions) -> list[str]:
-    problems = []
+    texts = {name: getattr(options, name) for name in ("path", "name", "format", "train", "validation", "test")}
+    problems = [
+        f"{key}.{name}={value!r} is not a text{'' if name == 'path' else ' or null'}."
+        for name, value in texts.items()
+        if not isinstance(value, str) and (value is not None or name == "path")
+    ]
+    changes: Any = options.task
+    if not isinstance(changes, Mapping):
+        problems.append(f"{key}.task={changes!r} is not a mapping of options of the task.")
     if options.at_end not in get_args(AtEnd):
         problems.append(f"{key}.at_end={options.at_end} is not known; use {', '.join(get_args(AtEnd))}.")
     try:
