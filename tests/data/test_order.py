@@ -88,6 +88,16 @@ def test_killed_and_resumed_on_other_ranks_the_trace_is_that_of_an_uninterrupted
     check_kills(stream, runs)
 
 
+@pytest.mark.parametrize("sizes", [[30] * 30, [900]])
+@pytest.mark.parametrize("second", [None, [20] * 24])
+def test_what_was_rejected_is_told_once_whatever_the_kills(sizes: list[int], second: list[int] | None) -> None:
+    stream = {
+        "sizes": sizes, "second": second, "weight": 1.0, "mix_by": "samples", "block": 6, "batching": "bucketed",
+        "max_length": 23, "seed": 1, "bad": {(shard, offset) for shard in range(30) for offset in (1, 4, 9, 20)},
+    }  # fmt: skip
+    check_kills(stream, [(1, 2), (2, 3), (1, 1), (3, 4), (1, 8), (5, 1)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batching", ["bucketed", "packed", "padded"])
 @pytest.mark.parametrize("second", [None, [30] * 40])
