@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer import distributed
+from trainer import distributed, garbage
 from trainer.checkpoint.save import Checkpointer
 from trainer.config import Config
 from trainer.data.corpus import Corpus
@@ -134,6 +134,7 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
         if due(state.step, config.checkpoint.every) or _long_ago(config, totals, saved_at):
             _save(training, state, lanes)
             saved_at = totals.seconds
+        garbage.collect(state.step)
     if state.step > 0:
         _save(training, state, lanes)
         training.checkpointer.require()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer import distributed
+from trainer import distributed, garbage
 from trainer.build import build, check_parts
 from trainer.checkpoint.load import load, newest, set_aside
 from trainer.checkpoint.save import Checkpointer
@@ -56,7 +56,7 @@ def run(config: Config, overrides: Sequence[str]) -> int:
         with watchdog.explaining_lost_peers():
             training, begin, lanes = assemble(config, overrides, stop_request, log_to)
         try:
-            with watchdog.explaining_lost_peers():
+            with watchdog.explaining_lost_peers(), garbage.collected_between_steps():
                 state, outcome = fit(training, begin, lanes)
                 if outcome.status == "finished":
                     evaluate_finally(training, state, again=state.step == begin.step)

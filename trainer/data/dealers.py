@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 from collections import Counter
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trainer import garbage
 from trainer.data.lanes import Lane, Position, Row
 from trainer.data.reader import Rejected
 from trainer.errors import ConfigError, DataError
@@ -190,12 +192,14 @@ def _serve(connection: Connection, stream: Stream, index: int, count: int, state
         dealer = LocalDealer(stream, index, count)
         if states is not None:
             dealer.load_lane_states(states)
-        while True:
-            connection.recv()
-            try:
-                answer: Dealt | BaseException = dealer.deal()
-            except Exception as error:
-                answer = error
-            connection.send(answer)
+        with garbage.collected_between_steps():
+            for step in itertools.count(1):
+                connection.recv()
+                try:
+                    answer: Dealt | BaseException = dealer.deal()
+                except Exception as error:
+                    answer = error
+                connection.send(answer)
+                garbage.collect(step)
     except (EOFError, OSError, KeyboardInterrupt):
         return

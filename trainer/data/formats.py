@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice, pairwise
 from typing import IO, TYPE_CHECKING, Any
 
+import orjson
+
 from trainer.errors import DataError
 from trainer.tasks import BadRecord, Record
 
@@ -170,9 +172,12 @@ def _lines_between(file: IO[bytes], begin: int, end: int) -> Iterator[tuple[int,
 
 def _json(place: str, line: bytes) -> Record | BadRecord:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        return BadRecord(f"{place} is not JSON: {error}")
+        record = orjson.loads(line)
+    except ValueError:  # or what the standard library takes: NaN, large integers, half a surrogate pair
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            return BadRecord(f"{place} is not JSON: {error}")
     if not isinstance(record, dict):
         return BadRecord(f"{place} is a JSON {type(record).__name__}, not an object")
     return record

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -25,7 +25,7 @@ BAD_RECORD = "bad_record"
 _MIN_RECORDS = 1000
 """Bad records are compared with a fraction of at least so many, lest one bad record end a run that has just begun."""
 
-_THREADS, _CHUNK = 2, 128
+_THREADS, _CHUNK = 2, 512
 """Threads that encode, and records that one of them encodes at once."""
 
 _MAX_EMPTY_EPOCHS = 100
@@ -35,8 +35,7 @@ Place = tuple[int, int, int]
 """Where to read on: epoch, place in the epoch's order of shards, record in that shard."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """A record, or a piece of one, made ready for batching, and where it came from.
 
     id: "shard:record", of a later piece "shard:record#piece"; key: sorts samples as their records stand in the data;
@@ -60,8 +59,7 @@ class Rejected:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """The next usable record of a source: its samples, what was rejected on the way to it, what stages changed, by
     stage, and where to read on. Without samples where an epoch ends, or where rejected records stand at the end of a
     part. What is rejected or changed is told in the first epoch alone."""
@@ -78,8 +76,7 @@ class _Unusable:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """What is at a record's place; `after`: where to read on."""
 
     shard: int

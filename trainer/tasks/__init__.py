@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +28,7 @@ AllFinished = Callable[[bool], bool]
 """Whether every rank has finished decoding, given whether this one has; a collective where ranks must step together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A record made ready for batching.
 
     fields: arrays by name (token ids int32, inputs float32); length: positions it takes in a batch (the key of length

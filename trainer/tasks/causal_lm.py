@@ -16,6 +16,7 @@ from trainer.tasks.text import (
     TextTokenizer,
     check_overlong,
     limit_length,
+    num_labels,
     number_segments,
     pack_rows,
     pad_rows,
@@ -124,7 +125,7 @@ class CausalLM:
     def num_positions(self, batch: Batch) -> tuple[int, int]:
         """Positions of the rectangle, and how many of them are padding."""
         total = batch["labels"].numel()
-        return total, total - int((batch["labels"] != IGNORE).sum())
+        return total, total - num_labels(batch)
 
     def flops_per_sample_lengths(self, batch: Batch) -> dict[str, int]:
         """The side of the rectangle."""

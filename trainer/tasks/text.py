@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.data.sources import column
 from trainer.errors import ConfigError
-from trainer.tasks import BadRecord, Record
+from trainer.tasks import IGNORE, BadRecord, Batch, Record
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -66,6 +66,11 @@ def limit_length(ids: list[int], key: str, limit: int, overlong: str) -> list[in
     return BadRecord(f"{len(ids)} tokens are more than {key}={limit} (task.overlong=skip)")
 
 
+def num_labels(batch: Batch) -> int:
+    """Positions of a batch on the CPU that carry loss; by numpy, which starts no threads beside the tokenizer's."""
+    return int(np.count_nonzero(batch["labels"].numpy() != IGNORE))
+
+
 def pad_rows(rows: Sequence[npt.NDArray[Any]], value: int) -> npt.NDArray[np.int64]:
     """[B, longest] int64: each row filled up with `value`."""
     padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
@@ -78,11 +83,10 @@ def pack_rows(rows: Sequence[Sequence[npt.NDArray[Any]]], length: int, value: in
     """[B, length] int64: the parts of each row one after the other, then filled up with `value`."""
     packed = np.full((len(rows), length), value, dtype=np.int64)
     for index, parts in enumerate(rows):
-        end = 0
-        for part in parts:
-            start, end = end, end + len(part)
-            assert end <= length, f"samples of {end} positions or more do not fit a row of {length}"
-            packed[index, start:end] = part
+        if parts:
+            joined = np.concatenate(parts)
+            assert len(joined) <= length, f"samples of {len(joined)} positions do not fit a row of {length}"
+            packed[index, : len(joined)] = joined
     return packed
 
 
@@ -91,6 +95,11 @@ def number_segments(rows: Sequence[Sequence[int]], length: int) -> tuple[npt.NDA
 
     The parts of a row are 1, 2, ... and padding is 0; positions count from 0 within each part and are 0 on padding.
     """
-    segments = [[np.full(size, number) for number, size in enumerate(sizes, start=1)] for sizes in rows]
-    positions = [[np.arange(size) for size in sizes] for sizes in rows]
-    return pack_rows(segments, length, 0), pack_rows(positions, length, 0)
+    segments = np.zeros((len(rows), length), dtype=np.int64)
+    positions = np.zeros((len(rows), length), dtype=np.int64)
+    for index, sizes in enumerate(rows):
+        ends = np.cumsum(sizes)
+        total = int(ends[-1]) if len(sizes) else 0
+        segments[index, :total] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+        positions[index, :total] = np.arange(total) - np.repeat(ends - sizes, sizes)
+    return segments, positions

@@ -15,6 +15,7 @@ from trainer.tasks.text import (
     TextTokenizer,
     check_overlong,
     limit_length,
+    num_labels,
     number_segments,
     pack_rows,
     pad_rows,
@@ -154,7 +155,7 @@ class Translation:
     def num_positions(self, batch: Batch) -> tuple[int, int]:
         """Source and target positions of the rectangles, and how many of them are padding."""
         total = batch["source_ids"].numel() + batch["labels"].numel()
-        return total, total - int(batch["source_mask"].sum()) - int((batch["labels"] != IGNORE).sum())
+        return total, total - int(np.count_nonzero(batch["source_mask"].numpy())) - num_labels(batch)
 
     def flops_per_sample_lengths(self, batch: Batch) -> dict[str, int]:
         """The sides of the rectangles."""
