@@ -36,6 +36,7 @@ CHOICES = sorted(
 )
 NEEDED = {
     ("data", "hub"): ["data.path=someone/something"],
+    ("engine", "zero3_nvme"): ["engine.nvme_path=/tmp"],
     ("data", "files"): ["data.path=train.jsonl"],
     ("model", "cnn"): ["task=classification"],
     ("model", "mlp"): ["task=classification"],
@@ -143,6 +144,14 @@ def test_interpolations_are_resolved() -> None:
         ({"engine": {"kind": "zero", "stage": 4}}, "engine.stage=4 does not go with engine.kind=zero"),
         ({"engine": {"stage": 2}}, "engine.stage=2 does not go with engine.kind=plain"),
         ({"engine": {"offload_optimizer": "cpu"}}, "engine.offload_optimizer=cpu needs ZeRO stage 1"),
+        (
+            {"engine": {"kind": "zero", "stage": 2, "offload_optimizer": "nvme", "nvme_path": "/tmp"}},
+            "engine.offload_optimizer=nvme needs ZeRO stage 3",
+        ),
+        (
+            {"engine": {"kind": "zero", "stage": 3, "offload_optimizer": "nvme"}},
+            "engine.offload_optimizer=nvme needs a folder to keep them in; set engine.nvme_path",
+        ),
         ({"schedule": part(unit="tokens")}, "schedule.unit=tokens needs the number of tokens"),
         ({"stop": {"patience": 3}}, "stop.patience=3 counts evaluations, and eval.every=0 makes none"),
         ({"model": {"d_model": 8}}, "model={'d_model': 8} is no part: it needs _target_"),
@@ -223,18 +232,16 @@ def test_differences_are_those_that_change_what_is_learnt() -> None:
         engine={"kind": "zero", "stage": 3},
         batch={"global_size": 8, "micro_size": 2},
         data=part(trace=True),
+        precision="fp32",
         tokenizer=part(sha256="abc"),
         logging={"console": part()},
     )
     assert differences(old, to_config(free)) == []
-    bound = facts(
-        seed=1, precision="fp32", batch={"global_size": 16}, optimizer=part(lr=0.2), tokenizer=None, model=part(d=1)
-    )
+    bound = facts(seed=1, batch={"global_size": 16}, optimizer=part(lr=0.2), tokenizer=None, model=part(d=1))
     assert differences(old, to_config(bound)) == [
         "batch.global_size: 8 -> 16",
         "model.d: absent -> 1",
         "optimizer.lr: 0.1 -> 0.2",
-        "precision: bf16 -> fp32",
         "seed: 0 -> 1",
         "tokenizer: absent -> None",
         "tokenizer._target_: trainer.somewhere.Something -> absent",

@@ -130,7 +130,7 @@ def make_task() -> Translation:
 
 
 def make_plan(micro_size: int | None = 2, micro_tokens: int | None = None) -> RunPlan:
-    return RunPlan(1, 2, 2, micro_size, 1, micro_tokens, "fp32", "plain", 0, False, False, None)
+    return RunPlan(1, 2, 2, micro_size, 1, micro_tokens, "fp32", "plain", 0, "none", "none", None)
 
 
 def run(directory: Path, together: bool = False, data: Data | None = None, **options: Any) -> dict[str, float]:

@@ -93,7 +93,23 @@ def test_the_plan_repeats_engine_and_precision_in_plain_values() -> None:
         "precision": "bf16",
         "engine": "zero",
         "zero_stage": 3,
-        "offload_optimizer": True,
-        "offload_parameters": True,
+        "offload_optimizer": "cpu",
+        "offload_parameters": "cpu",
         "clip_norm": None,
+        "nvme_path": None,
+        "sequence_parallel": 1,
+        "tensor_parallel": 1,
+        "data_parallel": 2,
     }
+
+
+def test_ranks_that_share_matrices_or_sequences_share_samples() -> None:
+    engine = EngineConfig(sequence_parallel=2, tensor_parallel=2)
+    config = Config(name="plan", steps=1, batch=BatchConfig(global_size=12), engine=engine)
+    assert make_plan(config, 8).rank_size == 6
+    with pytest.raises(ConfigError, match=r"batch.global_size=12 does not divide over 5 groups of ranks.*=10 or 15"):
+        make_plan(config, 20)
+    with pytest.raises(
+        ConfigError, match=r"sequence_parallel=2 x engine.tensor_parallel=2 does not divide the 6 ranks"
+    ):
+        make_plan(config, 6)

@@ -49,8 +49,9 @@ def curve(runs_dir: Path, name: str) -> dict[int, float]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_fp32_curve_does_not_depend_on_the_split(run_trainer):
-    """plain x 1 rank, ZeRO-1/2/3 x 2 ranks, accumulation 1, 2 and 4, token budgets: 50 steps within 1e-5."""
-    common = tiny("precision=fp32", "steps=50")
+    """plain x 1 rank, ZeRO-1/2/3 x 2 ranks, accumulation 1, 2 and 4, token budgets, shared matrices and sequences: 50
+    steps within 1e-5."""
+    common = tiny("precision=fp32", "steps=50", "model.num_heads=4")
     run_trainer([*common, "name=one"])
     splits = {
         "accumulation2": (["batch.micro_size=24"], 1),
@@ -61,6 +62,9 @@ def test_the_fp32_curve_does_not_depend_on_the_split(run_trainer):
         "zero2": (["engine=zero2", "batch.micro_size=6"], 2),
         "zero2tokens": (["engine=zero2", "batch.micro_tokens=200"], 2),
         "zero3": (["engine=zero3", "batch.micro_size=12"], 2),
+        "matrices": (["engine=zero1", "engine.tensor_parallel=2", "batch.micro_size=12"], 2),
+        "sequences": (["engine=zero2", "engine.sequence_parallel=2", "batch.micro_tokens=300"], 2),
+        "both": (["engine=zero3", "engine.tensor_parallel=2", "engine.sequence_parallel=2"], 4),
     }
     for name, (words, ranks) in splits.items():
         done = run_trainer([*common, f"name={name}", *words], ranks=ranks).check()

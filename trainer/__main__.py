@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from trainer.build import part_problems
 from trainer.composition import execute
 from trainer.config import to_config
-from trainer.errors import ConfigError, PeerError, UserError
+from trainer.errors import ConfigError, PeerError, UserError, redacted
 from trainer.plan import make_plan
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _refuse(error: UserError, show_traceback: bool) -> int:
         signal.signal(signal.SIGTERM, end)
         time.sleep(PATIENCE_SECONDS)
     if show_traceback:
-        traceback.print_exception(error)
+        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     problems = list(error.problems) if isinstance(error, ConfigError) else [str(error)]
     prefix = f"[rank {rank}] error: " if rank else "error: "
     message = (

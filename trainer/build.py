@@ -206,8 +206,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (list, Sequence):
         return isinstance(value, list | tuple) and all(fits(element, members[0]) for element in value)
     if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
         each = members if members[-1] is not ... else (members[0],) * len(value)
-        return isinstance(value, list | tuple) and len(value) == len(each) and all(map(fits, value, each))
+        return len(value) == len(each) and all(map(fits, value, each))
     return isinstance(value, origin or hint)
 
 

@@ -6,7 +6,6 @@ optimizer, schedule, logging) are mappings with a `_target_`; `trainer.build` bi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum, StrEnum
@@ -19,6 +18,8 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from yaml import YAMLError
 
 from trainer.errors import ConfigError
+from trainer.impossible import impossible
+from trainer.secrecy import secret_problems
 from trainer.wording import describe, did_you_mean, flatten
 
 
@@ -66,6 +67,22 @@ class Offload(StrEnum):
 
     none = "none"
     cpu = "cpu"
+    nvme = "nvme"
+
+
+class ActivationOffload(StrEnum):
+    """Where what the backward pass needs waits for it."""
+
+    none = "none"
+    cpu = "cpu"
+
+
+class Recompute(StrEnum):
+    """What of a layer the backward pass computes again: nothing, all but products of matrices and attention, or all."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,7 @@ class CheckpointConfig:
     keep: int = 2  # newest
     keep_every: int | None = None  # and, for good, those of steps that it divides
     asynchronous: bool = True  # written in a thread while training goes on
+    remote: str | None = None  # URL of a folder for copies: REMOTE/NAME/checkpoints
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,11 @@ class EngineConfig:
     stage: int = 0
     offload_optimizer: Offload = Offload.none
     offload_parameters: Offload = Offload.none
+    sequence_parallel: int = 1  # ranks that share the positions of each sequence
+    tensor_parallel: int = 1  # ranks that share each matrix of the layers
+    nvme_path: str | None = None  # folder that what is offloaded to nvme is kept in while the run goes on
+    recompute: Recompute = Recompute.none
+    offload_activations: ActivationOffload = ActivationOffload.none
     compile: bool = False
 
 
@@ -178,21 +201,13 @@ class Config:
 PARTS = ("model", "task", "data", "tokenizer", "optimizer", "schedule")
 """The keys that hold one part each; `logging` holds parts by name."""
 
-_LEAST = {
-    **dict.fromkeys(("seed", "eval.every", "checkpoint.every", "engine.stage", "guard.max_anomalies"), 0),
-    **dict.fromkeys(("steps", "log.every", "eval.max_samples", "stop.tokens", "stop.patience", "checkpoint.keep"), 1),
-    **dict.fromkeys(("checkpoint.keep_every", "guard.spike_factor"), 1),
-    **dict.fromkeys(("batch.global_size", "batch.micro_size", "batch.micro_tokens"), 1),
-}
-_TIME_OUTS = ("guard.start_seconds", "guard.step_seconds")
-_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes", "checkpoint.minutes", *_TIME_OUTS)
-
 _FREE = (
     *("name", "runs_dir", "steps", "resume", "dry_run", "allow_targets", "log", "eval", "stop", "checkpoint"),
-    *("logging", "guard", "debug", "engine", "batch.micro_size", "batch.micro_tokens"),
+    *("precision", "logging", "guard", "debug", "engine", "batch.micro_size", "batch.micro_tokens"),
     *("data.trace", "data.workers", "data.retry_seconds", "data.max_bad_fraction", "data.on_bad_record"),
 )
-"""Keys, with all below them, that may change when a run goes on: what a step learns does not depend on them."""
+"""Keys, with all below them, that may change when a run goes on: what a step learns does not depend on them, or, of
+the precision, only in rounding, for the masters are fp32 in all."""
 
 
 def to_config(
@@ -206,7 +221,8 @@ def to_config(
     problems: list[str] = []
     node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
     values = _read(Config, _resolve(node, "", problems), "", problems)
-    problems += _impossible(dict(flatten(values)))
+    problems += impossible(dict(flatten(values)))
+    problems += secret_problems(values)
     if part_problems is not None:
         problems += part_problems(values)
     if problems:
@@ -297,42 +313,6 @@ def _malformed(key: str, value: Any, optional: bool = False) -> list[str]:
     return []
 
 
-def _impossible(values: Mapping[str, Any]) -> list[str]:
-    """Well-typed values (by dotted key) that cannot be, alone or together."""
-    problems = [
-        f"{key}={values[key]} is below the least possible value, {least}."
-        for key, least in _LEAST.items()
-        if values.get(key) is not None and values[key] < least
-    ]
-    problems += [
-        f"{key}={values[key]:g} is not above 0; null switches it off."
-        for key in _ABOVE_ZERO
-        if values.get(key) is not None and not 0 < values[key] < float("inf")
-    ]
-    name, stage, kind = values.get("name", "run"), values.get("engine.stage", 0), values.get("engine.kind")
-    if not all(re.fullmatch(r"[\w.,=+@-]{1,200}", folder) and folder.strip(".") for folder in name.split("/")):
-        problems.append(
-            f"name={name!r} must be a folder name (or a/b) of letters, digits and any of . _ - , = + @ without '..'."
-        )
-    if stage > 3 or (kind == EngineKind.plain and stage > 0):
-        problems.append(
-            f"engine.stage={stage} does not go with engine.kind={kind}; choose engine=plain, zero1, zero2 or zero3."
-        )
-    for states, least in (("optimizer", 1), ("parameters", 3)):
-        if values.get(f"engine.offload_{states}") == Offload.cpu and stage < least:
-            problems.append(
-                f"engine.offload_{states}=cpu needs ZeRO stage {least} or higher, and engine.stage={stage};"
-                f" choose engine=zero3_offload, or engine.offload_{states}=none."
-            )
-    if values.get("schedule.unit") == "tokens" and values.get("stop.tokens") is None:
-        problems.append("schedule.unit=tokens needs the number of tokens at the run's end; set stop.tokens.")
-    if values.get("stop.patience") is not None and values.get("eval.every") == 0:
-        problems.append(
-            f"stop.patience={values['stop.patience']} counts evaluations, and eval.every=0 makes none; set eval.every."
-        )
-    return problems
-
-
 def _construct(schema: Any, values: Mapping[str, Any]) -> Any:
     hints = get_type_hints(schema)
     return schema(
@@ -358,7 +338,7 @@ def config_from_yaml(path: Path) -> Config:
         loaded = OmegaConf.load(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (YAMLError, UnicodeDecodeError, RecursionError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}.") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} holds no configuration; it should be a mapping of keys to values.")

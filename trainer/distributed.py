@@ -6,6 +6,8 @@ Every function works in a single process without a process group, so callers nev
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +18,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
+
+_farewells: list[Callable[[], None]] = []
 
 
 def rank() -> int:
@@ -61,15 +65,48 @@ def process_group(always: bool = False, timeout_seconds: float = 1800.0) -> Iter
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         whole, own_rank, size = next(rendezvous("env://", timeout=timeout))
-        # torchrun's store outlives a restart, and with it the addresses of ranks that are gone.
-        attempt = torch._C._distributed_c10d.PrefixStore(
-            f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", whole
-        )
-        dist.init_process_group(backend, store=attempt, rank=own_rank, world_size=size, timeout=timeout)
+        ours = torch._C._distributed_c10d.PrefixStore(_meet(whole, own_rank, size, timeout_seconds), whole)
+        dist.init_process_group(backend, store=ours, rank=own_rank, world_size=size, timeout=timeout)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        while _farewells:
+            _farewells.pop()()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def before_leaving(farewell: Callable[[], None]) -> None:
+    """Call `farewell` at the end of the process group, for a library that keeps groups of its own in it."""
+    _farewells.append(farewell)
+
+
+def _meet(store: torch._C._distributed_c10d.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name that the ranks of this start share with no rank of an earlier one.
+
+    torchrun's store outlives restarts and the jobs of a sweep, and with them the addresses of ranks that are gone; and
+    its agents count restarts each for itself. So every rank writes a word of its own, and rank 0 answers each word that
+    it finds with the name, until every rank has confirmed it: a word of a rank that is gone brings no confirmation.
+    Raises DistStoreError where a rank does not come.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"word/{rank}", name)
+        shared: str = store.get(f"answer/{name}").decode()
+        store.set(f"{shared}/{rank}", "")
+        return shared
+    missing = set(range(1, world_size))
+    deadline = time.monotonic() + timeout_seconds
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"word/{other}"]):
+                store.set(f"answer/{store.get(f'word/{other}').decode()}", name)
+            if store.check([f"{name}/{other}"]):
+                missing.remove(other)
+        if missing and time.monotonic() > deadline:
+            raise dist.DistStoreError(f"ranks {sorted(missing)} did not come within {timeout_seconds:g} s")
+        time.sleep(0.01)
+    return name
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:

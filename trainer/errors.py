@@ -3,11 +3,22 @@
 Invariants of our own code are `assert`s; these classes are for what a person can mend.
 """
 
+import re
+
+
+def redacted(text: str) -> str:
+    """`text` with the secrets of the URLs in it left out: user and password, and the query of http(s)."""
+    text = re.sub(r"(\w://)[^/\s'\"]*@", r"\1", text)
+    return re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
+
 
 class UserError(ValueError):
-    """Base of the family: `str(error)` is one message a person can act on."""
+    """Base of the family: `str(error)` is one message a person can act on, without the secrets of the URLs in it."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class ConfigError(UserError):
@@ -15,7 +26,7 @@ class ConfigError(UserError):
 
     def __init__(self, *problems: str) -> None:
         """`problems`: every problem found, each one sentence or two; they are reported together."""
-        self.problems = problems
+        self.problems = tuple(map(redacted, problems))
         super().__init__("\n".join(problems))
 
 

@@ -106,14 +106,17 @@ def evaluate_fully(
     Raises DataError if the split has no sample, SetupError if the run directory cannot be written.
     """
     started = time.perf_counter()
-    rank, world_size = distributed.rank(), distributed.world_size()
-    found: Sequence[Sample] = corpus.evaluation_samples(evaluation.split, rank, world_size, evaluation.max_samples)
+    # Ranks that share the model's matrices pass the same samples forward together, and the first of them counts them.
+    copies = evaluation.plan.tensor_parallel
+    part, parts = distributed.rank() // copies, distributed.world_size() // copies
+    counted = distributed.rank() % copies == 0
+    found: Sequence[Sample] = corpus.evaluation_samples(evaluation.split, part, parts, evaluation.max_samples)
     samples = sorted(found, key=lambda sample: (sample.encoded.length, sample.index))
     blank = _any_sample(samples, evaluation.split)
     with engine.evaluating():
-        result = Result(_token_metrics(engine, task, samples, blank, evaluation.plan))
+        result = Result(_token_metrics(engine, task, samples, blank, evaluation.plan, counted))
         if evaluation.generate and isinstance(task, ScoresText):
-            lines = _translate(engine, task, samples, blank)
+            lines = _translate(engine, task, samples, blank, counted)
             path = generations_path(directory, evaluation.split, step)
             scores = distributed.on_rank_zero(lambda: _score_and_write(task, lines, path))
             result = Result(
@@ -122,7 +125,7 @@ def evaluate_fully(
                 {name: value for name, value in scores.items() if isinstance(value, str)},
                 path,
             )
-    result.metrics["eval/samples"] = int(distributed.all_reduce_sum([len(samples)])[0])
+    result.metrics["eval/samples"] = int(distributed.all_reduce_sum([len(samples) * counted])[0])
     (result.metrics["eval/seconds"],) = distributed.all_reduce_max([time.perf_counter() - started])
     if evaluation.final:
         summary = {"step": step, "split": evaluation.split, **result.metrics, **result.signatures}
@@ -180,7 +183,7 @@ def _any_sample(samples: Sequence[Sample], split: str) -> Encoded:
 
 
 def _token_metrics(
-    engine: Evaluated, task: Task, samples: Sequence[Sample], blank: Encoded, plan: RunPlan
+    engine: Evaluated, task: Task, samples: Sequence[Sample], blank: Encoded, plan: RunPlan, counted: bool
 ) -> dict[str, float]:
     nll = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
@@ -193,7 +196,8 @@ def _token_metrics(
         nll += sums.nll.cpu()
         counts += torch.stack([sums.num_target_tokens, sums.num_correct]).cpu()
     num_bytes = sum(sample.task.target_bytes(sample.record, sample.encoded) for sample in samples)
-    totals = distributed.all_reduce_sum([float(nll), *map(float, counts), float(num_bytes)])
+    own = [float(nll), *map(float, counts), float(num_bytes)]
+    totals = distributed.all_reduce_sum(own if counted else [0.0] * len(own))
     nll_sum, num_target_tokens, num_correct, total_bytes = totals
     loss = nll_sum / num_target_tokens
     metrics = {"eval/loss": loss, "eval/accuracy": num_correct / num_target_tokens}
@@ -204,7 +208,7 @@ def _token_metrics(
 
 
 def _translate(
-    engine: Evaluated, task: ScoresText, samples: Sequence[Sample], blank: Encoded
+    engine: Evaluated, task: ScoresText, samples: Sequence[Sample], blank: Encoded, counted: bool
 ) -> list[tuple[int, str, str, str]]:
     """(index, source, reference, hypothesis) of all ranks' samples, in the order of the split."""
     all_finished = _every_rank if engine.ranks_must_step_together else None
@@ -216,7 +220,7 @@ def _translate(
         for sample, hypothesis in zip(batch_samples, texts, strict=False):  # a blank batch has a text but no sample
             assert isinstance(sample.task, ScoresText), "the tasks of all sources are of one kind"
             mine.append((sample.index, *sample.task.source_and_reference(sample.record), hypothesis))
-    lines = sorted(line for part in distributed.all_gather_objects(mine) for line in part)
+    lines = sorted(line for part in distributed.all_gather_objects(mine if counted else []) for line in part)
     assert len({line[0] for line in lines}) == len(lines), "a sentence was scored twice"
     return lines
 

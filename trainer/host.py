@@ -8,6 +8,12 @@ import platform
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc, malloc.h
 
 
+def return_freed_memory() -> None:
+    """Give back to the system, once, what building or loading needed for a moment."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next step, instead of returning it to the system page by page.
 

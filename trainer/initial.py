@@ -29,8 +29,7 @@ def initialise(engine: Engine, build_model: BuildModel, seed: int) -> None:
             continue
         if fragment.parameter != current:
             current, values = fragment.parameter, _fill(twin, fragment.parameter, generator, seed)
-        numel = fragment.tensor.numel()
-        fragment.tensor.copy_(values[fragment.start : fragment.start + numel])
+        fragment.fill(values)
     engine.after_load(engine.scalars())
 
 

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class _File(logging.FileHandler):
+    """A rank's own file; where its disk is full, the messages are lost and the run is not."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: the console has the warnings of rank 0."""
+
+
 @contextmanager
 def run_log(rank: int) -> Iterator[Callable[[Path], None]]:
     """Take in the messages of the package `trainer` until the run is over; call what it yields to add a file for
@@ -22,7 +29,7 @@ def run_log(rank: int) -> Iterator[Callable[[Path], None]]:
     logger.addHandler(console)
 
     def add_file(path: Path) -> None:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _File(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers.append(file)
         logger.addHandler(file)

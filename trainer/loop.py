@@ -26,6 +26,8 @@ from trainer.metrics import StepInfo
 from trainer.metrics.json_lines import JsonLines
 from trainer.metrics.meter import Meter
 from trainer.metrics.sinks import SafeSinks
+from trainer.parallel.layout import Layout
+from trainer.parallel.sequence import own_part
 from trainer.plan import RunPlan
 from trainer.run_directory import RunDirectory
 from trainer.schedule import Schedule
@@ -39,6 +41,7 @@ class Training:
 
     config: Config
     plan: RunPlan
+    layout: Layout
     directory: RunDirectory
     task: Task
     corpus: Corpus
@@ -102,7 +105,8 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
         wait_seconds = time.perf_counter() - fetch_started
         if state.step == begin_step > 0:
             training.sinks.event(state.step, f"resumed: the data were there again after {wait_seconds:.1f} s")
-        totals = _agree(batch, state, training)
+        told = batch if training.layout.speaks else NO_BATCH  # ranks that share samples count them once
+        totals = _agree(batch, told, state, training)
         if (outcome := _interrupted(config, totals, batch)) is not None:
             break
         lr = config.optimizer["lr"] * training.schedule.factor(_progress(training.schedule, state))
@@ -111,7 +115,7 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
             watchdog.section("commit", state.step + 1)
             training.checkpointer.commit()
         if made.anomaly is not None:
-            reaction = _react(training, state, batch, made)
+            reaction = _react(training, state, told, made)
             if reaction.end is not None:
                 outcome = Outcome("failed", reaction.end, AnomalyError.exit_code, AnomalyError(reaction.end))
                 break
@@ -122,13 +126,15 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
         seconds = time.perf_counter() - fetch_started
         state = state.advance(totals.target_tokens, totals.samples, totals.epoch, seconds)
         state = anomalies.remember(config.guard, state, made)
-        _measure(training, batch, totals, wait_seconds)
+        if (alarm := anomalies.scale_alarm(state)) is not None:
+            training.sinks.event(state.step, alarm)
+        _measure(training, told, totals, wait_seconds)
         if training.trace is not None:
             training.trace.write({"step": state.step, "rank": distributed.rank(), "ids": batch.ids})
         if totals.rejected:
-            _quarantine(training, batch, state.step)
+            _quarantine(training, told, state.step)
         if due(state.step, config.log.every) or state.step == 1:
-            training.sinks.log(_report(training, state, totals, batch, loss_sum, made.grad_norm, lr))
+            training.sinks.log(_report(training, state, totals, told, loss_sum, made.grad_norm, lr))
         if due(state.step, config.eval.every):
             state = _evaluate(training, state, lanes)
         if due(state.step, config.checkpoint.every) or _long_ago(config, totals, saved_at):
@@ -180,15 +186,16 @@ def _long_ago(config: Config, totals: _StepTotals, saved_at: float) -> bool:
     return minutes is not None and totals.seconds - saved_at >= 60 * minutes
 
 
-def _agree(batch: StepBatch, state: TrainState, training: Training) -> _StepTotals:
-    """One exchange a step: how much every rank brings, and whether any rank wants to stop."""
+def _agree(batch: StepBatch, told: StepBatch, state: TrainState, training: Training) -> _StepTotals:
+    """One exchange a step: how much every rank brings, and whether any rank wants to stop. told: what counts of the
+    batch."""
     watchdog.section("agree", state.step + 1)
     local = (
-        batch.num_target_tokens,
-        batch.num_samples,
-        batch.epoch,
+        told.num_target_tokens,
+        told.num_samples,
+        told.epoch,
         0.0 if batch.exhausted else 1.0,
-        len(batch.rejected),
+        len(told.rejected),
     )
     target_tokens, samples, epochs, with_data, rejected = distributed.all_reduce_sum(local)
     wish = (
@@ -202,7 +209,7 @@ def _agree(batch: StepBatch, state: TrainState, training: Training) -> _StepTota
     return _StepTotals(
         target_tokens=int(target_tokens),
         samples=int(samples),
-        epoch=epochs / distributed.world_size(),
+        epoch=epochs / training.layout.data,
         exhausted=with_data == 0,
         rejected=int(rejected),
         micro_batches=int(micro_batches),
@@ -222,19 +229,20 @@ def _learn(
 ) -> tuple[torch.Tensor, anomalies.Update]:
     """One optimizer step; returns this rank's summed objective (a scalar on the device) and what became of the update.
 
-    Dropout is a pure function of (seed, step, rank), so a resumed run draws what an uninterrupted one would have drawn.
+    Dropout is a pure function of (seed, step, rank), so a resumed run draws what an uninterrupted one would have drawn;
+    ranks that share matrices draw the same.
     """
-    torch.manual_seed(hash((training.config.seed, state.step, distributed.rank())) & 0x7FFF_FFFF_FFFF_FFFF)
+    torch.manual_seed(hash((training.config.seed, state.step, training.layout.shard_rank)) & 0x7FFF_FFFF_FFFF_FFFF)
     loss_sum = torch.zeros((), device=distributed.device())
     for index, micro_batch in enumerate(_even(batch.micro_batches, totals.micro_batches, training.blank)):
         watchdog.section("forward_backward", state.step + 1)
         sums = training.engine.forward_backward(
             training.task,
-            on_device(micro_batch),
+            on_device(own_part(micro_batch, training.layout)),
             scale=1.0 / max(totals.target_tokens, 1),
             last=index == totals.micro_batches - 1,
         )
-        loss_sum += sums.objective.detach()
+        loss_sum += sums.objective.detach() / training.layout.tensor
     watchdog.section("step", state.step + 1)
     return loss_sum, anomalies.update(training.engine, training.config, state, lr, loss_sum, totals.target_tokens)
 

@@ -12,7 +12,8 @@ import torch
 
 from trainer import distributed, garbage
 from trainer.build import build, check_parts
-from trainer.checkpoint.load import load, newest, set_aside
+from trainer.checkpoint.copies import begin, make_copier
+from trainer.checkpoint.load import load, set_aside
 from trainer.checkpoint.save import Checkpointer
 from trainer.config import Config, config_to_dict, to_config
 from trainer.data.corpus import Stream
@@ -23,13 +24,14 @@ from trainer.errors import PeerError
 from trainer.evaluate import Evaluation, evaluate
 from trainer.guards import watchdog
 from trainer.guards.signals import StopRequest, listening
-from trainer.host import keep_freed_memory
+from trainer.host import keep_freed_memory, return_freed_memory
 from trainer.initial import initialise
 from trainer.logs import run_log
 from trainer.loop import Outcome, Training, blank_of, fit
 from trainer.metrics import RunInfo
 from trainer.metrics.meter import Meter, peak_flops
 from trainer.metrics.sinks import JsonLinesSink, SafeSinks
+from trainer.parallel.layout import make_layout
 from trainer.parts import check_evaluation, check_fit, make_corpus, make_engine, make_task, make_tokenizer
 from trainer.plan import make_plan
 from trainer.run_directory import RunDirectory
@@ -67,6 +69,9 @@ def run(config: Config, overrides: Sequence[str]) -> int:
             raise
         finally:
             training.loader.close()
+            for lines in (training.trace, training.quarantine):
+                if lines is not None:
+                    lines.close()
             training.sinks.close(outcome.status)
             if distributed.rank() == 0:
                 training.directory.conclude(outcome.status, outcome.reason, outcome.exit_code)
@@ -80,7 +85,7 @@ def assemble(
     written."""
     plan = make_plan(config, distributed.world_size())
     directory = RunDirectory.of(config)
-    distributed.on_rank_zero(lambda: directory.check(config))
+    checkpoint = distributed.on_rank_zero(lambda: begin(config, directory))
     watchdog.attach(directory)
 
     data = build(config.data, "data")
@@ -94,15 +99,16 @@ def assemble(
         twin = build_model()
     check_fit(config, task, twin, tokenizer)
     stream = Stream(corpus, config.seed, config.batch.global_size, config.stop.epochs)
-    dealers = make_dealers(stream, distributed.rank(), plan.world_size)
+    layout = make_layout(plan.sequence_parallel, plan.tensor_parallel)
+    dealers = make_dealers(stream, layout.data_rank, layout.data)
     loader = Loader(dealers, task, plan, stream.row_lengths)
     blank = blank_of(task.collate([corpus.first_sample()]))
-    checkpoint = distributed.on_rank_zero(lambda: newest(directory.checkpoints))
 
     ds_config = make_ds_config(plan)
     distributed.on_rank_zero(lambda: directory.claim(config, overrides, plan.to_dict(), ds_config, tokenizer))
     log_to(directory.log(distributed.rank()))
-    engine = make_engine(config, plan, build_model)
+    engine = make_engine(config, plan, build_model, layout)
+    return_freed_memory()
     state, lanes = TrainState(), {}
     if checkpoint is None:
         initialise(engine, build_model, config.seed)
@@ -119,14 +125,13 @@ def assemble(
         facts = config_to_dict(config), plan.to_dict()
         sinks.open(RunInfo(config.name, directory.path, *facts, config.steps, state.step))
         directory.status("running", state.step, "training")
-    trace = directory.open_trace(distributed.rank(), state.step) if data.trace else None
+    trace = directory.open_trace(distributed.rank(), state.step) if data.trace and layout.speaks else None
     quarantine = directory.open_quarantine(state.step) if distributed.rank() == 0 else None
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     meter = Meter(time.perf_counter, peak_flops(device_name))
-    checkpointer = Checkpointer(
-        directory.checkpoints, engine, plan.to_dict(), config.checkpoint, partial(_tell_saved, directory, sinks)
-    )
-    facts_of_run = config, plan, directory, task, corpus, loader, engine, checkpointer, schedule, meter
+    told, copier = partial(_tell_saved, directory, sinks), make_copier(config, directory)
+    checkpointer = Checkpointer(directory.checkpoints, engine, plan.to_dict(), config.checkpoint, told, copier)
+    facts_of_run = config, plan, layout, directory, task, corpus, loader, engine, checkpointer, schedule, meter
     return Training(*facts_of_run, sinks, stop_request, trace, quarantine, blank), state, lanes
 
 

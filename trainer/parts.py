@@ -20,9 +20,14 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.engine.base import BuildModel, Engine
 from trainer.engine.ds_config import make_ds_config
 from trainer.engine.plain import PlainEngine
+from trainer.engine.recompute import lighten, stacked_layers
 from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluate import check_enough_samples
 from trainer.optim import build_optimizer
+from trainer.parallel.layout import Layout
+from trainer.parallel.sequence import split_positions
+from trainer.parallel.slices import Slice
+from trainer.parallel.tensor import split_matrices
 from trainer.plan import RunPlan
 from trainer.run_directory import RunDirectory
 from trainer.tasks import Task
@@ -41,7 +46,7 @@ def make_tokenizer(config: Config, data: StreamData, directory: RunDirectory) ->
 
     def make() -> str:
         if directory.tokenizer.exists():
-            return directory.tokenizer.read_text(encoding="utf-8")
+            return directory.read_tokenizer().to_json()
         spec = build(part, "tokenizer")
         columns = {
             source: [part[name] for name in sorted(part) if name.endswith("_column")]
@@ -135,6 +140,12 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
             "optimizer=adafactor keeps a second moment by rows and columns of each matrix, and ZeRO flattens matrices;"
             " use engine=plain, or optimizer=adamw."
         )
+    for key, value in (
+        ("engine.recompute", config.engine.recompute),
+        ("engine.offload_activations", config.engine.offload_activations),
+    ):
+        if value != "none" and not stacked_layers(model):
+            problems.append(f"{key}={value}: {type(model).__name__} has no stack of layers; use {key}=none.")
     if config.precision == Precision.fp16:
         problems += _fp16_problems(config, model)
     if problems:
@@ -170,25 +181,38 @@ def check_evaluation(config: Config, plan: RunPlan, corpus: Corpus) -> None:
         check_enough_samples(split, available, limit, plan.world_size)
 
 
-def make_engine(config: Config, plan: RunPlan, build_model: BuildModel) -> Engine:
-    """The engine that `config.engine` names, holding a model without meaningful weights."""
+def make_engine(config: Config, plan: RunPlan, build_model: BuildModel, layout: Layout) -> Engine:
+    """The engine that `config.engine` names, holding this rank's part of a model without meaningful weights."""
     dtype = DTYPES[config.precision]
+    slices: dict[str, Slice] = {}
+
+    def build_light() -> torch.nn.Module:
+        model = build_model()
+        split_positions(model, layout)
+        slices.update(split_matrices(model, layout))
+        return lighten(model, config.engine.recompute, config.engine.offload_activations)
+
     if config.engine.kind == "zero":
         from trainer.engine.zero import ZeroEngine  # DeepSpeed takes seconds to import
 
         def build_in_dtype() -> torch.nn.Module:
-            return build_model().to(dtype) if plan.zero_stage == 3 else build_model()
+            return build_light().to(dtype) if plan.zero_stage == 3 else build_light()
 
         return ZeroEngine(
             build_in_dtype,
             lambda named: build_optimizer(config.optimizer, named),
             make_ds_config(plan),
             config.engine.compile,
+            layout,
+            slices,
+            plan.nvme_path,
         )
     return PlainEngine(
-        build_model(),
+        build_light(),
         lambda named: build_optimizer(config.optimizer, named),
         dtype,
         config.clip_norm,
         config.engine.compile,
+        layout,
+        slices,
     )

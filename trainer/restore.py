@@ -9,11 +9,12 @@ import torch
 
 from trainer import distributed
 from trainer.build import build, check_parts
-from trainer.checkpoint.load import Reader, find
+from trainer.checkpoint.load import Checkpoint, Reader, find
 from trainer.config import Config, config_from_yaml
 from trainer.data.corpus import Corpus
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.errors import CheckpointError
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import CheckpointError, ConfigError
+from trainer.impossible import is_run_name
 from trainer.parts import DTYPES, make_corpus, make_task
 from trainer.run_directory import RunDirectory
 from trainer.tasks import Task
@@ -32,11 +33,23 @@ class RestoredRun:
     step: int
 
 
-def restore_run(name: str, runs_dir: str = "runs", checkpoint: str = "latest") -> RestoredRun:
-    """Rebuild the run `name` from its directory; checkpoint: "latest", "best" or a step.
+@dataclass(frozen=True, slots=True)
+class FoundRun:
+    """What the directory of a run says, before anything is built."""
 
-    Raises CheckpointError when there is no such run or checkpoint, or when the weights do not fit the model.
+    config: Config
+    directory: RunDirectory
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+
+
+def find_run(name: str, runs_dir: str = "runs", checkpoint: str = "latest") -> FoundRun:
+    """The run `name`; checkpoint: "latest", "best" or a step.
+
+    Raises ConfigError for a name that leads out of `runs_dir`, CheckpointError when there is no such run or checkpoint.
     """
+    if not is_run_name(name):
+        raise ConfigError(f"run={name!r} is no name of a run; give its folder below runs_dir={runs_dir}.")
     directory = RunDirectory(Path(runs_dir) / name)
     if not directory.config.is_file():
         existing = ", ".join(sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))) or "none"
@@ -44,18 +57,35 @@ def restore_run(name: str, runs_dir: str = "runs", checkpoint: str = "latest") -
     config = config_from_yaml(directory.config)
     check_parts(config)
     found = find(directory.checkpoints, checkpoint)
-    tokenizer = None if config.tokenizer is None else load_tokenizer(directory.tokenizer)
-    model: torch.nn.Module = build(config.model, "model")
+    return FoundRun(config, directory, found, None if config.tokenizer is None else directory.read_tokenizer())
+
+
+def load_model(run: FoundRun) -> torch.nn.Module:
+    """The model in fp32 with the weights of the checkpoint. Raises CheckpointError when they do not fit."""
+    model: torch.nn.Module = build(run.config.model, "model")
     parameters = dict(model.named_parameters())
-    with Reader(found) as reader:
-        missing = sorted(set(parameters) - {name for name, state in reader.shapes if state == "master"})
+    folder = run.checkpoint.folder
+    with Reader(run.checkpoint) as reader:
+        saved = {name: shape for (name, state), shape in reader.shapes.items() if state == "master"}
+        missing = sorted(set(parameters) - set(saved))
         if missing:
+            raise CheckpointError(f"{folder} lacks {len(missing)} parameters of the model: {', '.join(missing[:5])}.")
+        wrong = sorted(name for name in saved if name not in parameters or parameters[name].shape != saved[name])
+        if wrong:
             raise CheckpointError(
-                f"{found.folder} lacks {len(missing)} parameters of the model: {', '.join(missing[:5])}."
+                f"{folder} has {len(wrong)} parameters that the model has not, or not in their shape:"
+                f" {', '.join(wrong[:5])}."
             )
         for parameter, weights in reader.whole():
             parameters[parameter].data.copy_(weights)
-    model = model.to(distributed.device(), DTYPES[config.precision]).eval()
+    return model
+
+
+def restore_run(name: str, runs_dir: str = "runs", checkpoint: str = "latest") -> RestoredRun:
+    """Rebuild the run `name` from its directory. Raises what `find_run` and `load_model` raise."""
+    run = find_run(name, runs_dir, checkpoint)
+    config, tokenizer = run.config, run.tokenizer
+    model = load_model(run).to(distributed.device(), DTYPES[config.precision]).eval()
     task = make_task(config, tokenizer)
     corpus = make_corpus(config, build({**config.data, "stages": []}, "data"), tokenizer, task)
-    return RestoredRun(config, directory, corpus, tokenizer, task, model, found.state.step)
+    return RestoredRun(config, run.directory, corpus, tokenizer, task, model, run.checkpoint.state.step)

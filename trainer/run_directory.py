@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from trainer.config import Config, Resume, config_from_yaml, config_to_dict, differences
-from trainer.data.tokenizer import Tokenizer
-from trainer.errors import CheckpointError, ConfigError, SetupError
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.errors import CheckpointError, ConfigError, DataError, SetupError
 from trainer.metrics.json_lines import JsonLines, truncate_after
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """What remote storage holds of a run. config: that it was written with; has_checkpoint: there is a whole one."""
+
+    url: str
+    config: Config | None
+    has_checkpoint: bool
 
 
 class RunDirectory:
@@ -34,8 +48,8 @@ class RunDirectory:
         """The directory that `config` names."""
         return cls(Path(config.runs_dir) / config.name)
 
-    def check(self, config: Config) -> None:
-        """Refuse what must not be overwritten or cannot be resumed; writes nothing.
+    def check(self, config: Config, copy: Copy | None = None) -> None:
+        """Refuse what must not be overwritten or cannot be resumed, here or in the `copy`; writes nothing.
 
         Raises ConfigError showing the difference, CheckpointError under resume=must without a checkpoint, SetupError
         where the folder cannot be written.
@@ -43,21 +57,15 @@ class RunDirectory:
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise _unwritable(config, parent, "it is no folder, or you may not write there")
-        has_checkpoint = any(self.checkpoints.glob("step_*"))
+        has_checkpoint = any(self.checkpoints.glob("step_*")) or (copy is not None and copy.has_checkpoint)
         if config.resume == Resume.must and not has_checkpoint:
-            raise CheckpointError(f"resume=must, but {self.checkpoints} holds no checkpoint; use resume=auto to begin.")
-        if not self.config.exists():
-            return
-        if config.resume == Resume.never:
-            raise ConfigError(
-                f"resume=never, but {self.path} exists; choose another name, or resume=auto to go on with it."
-            )
-        changed = differences(config_from_yaml(self.config), config)
-        if changed:
-            raise ConfigError(
-                f"{self.path} was written by another configuration; choose another name=..., or undo the"
-                " difference:\n  " + "\n  ".join(changed)
-            )
+            where = self.checkpoints if copy is None else f"neither {self.checkpoints} nor {copy.url}"
+            holds = "holds no checkpoint" if copy is None else "holds a checkpoint"
+            raise CheckpointError(f"resume=must, but {where} {holds}; use resume=auto to begin.")
+        if self.config.exists():
+            _check_same(config, str(self.path), lambda: config_from_yaml(self.config))
+        if copy is not None and (written := copy.config) is not None:
+            _check_same(config, copy.url, lambda: written)
 
     def claim(
         self,
@@ -67,18 +75,28 @@ class RunDirectory:
         ds_config: Mapping[str, Any],
         tokenizer: Tokenizer | None,
     ) -> None:
-        """Create the directory and write what the run is made of. Raises SetupError where that cannot be."""
+        """Create the directory, write what the run is made of, and take away what a kill has left. Raises SetupError
+        where that cannot be."""
         try:
             for folder in ("checkpoints", "logs", "generations"):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
+            for leftover in (*self.path.glob(".*.partial"), *self.heartbeats.glob("*.partial")):
+                leftover.unlink(missing_ok=True)
+            _replace(self.config, yaml.safe_dump(config_to_dict(config), sort_keys=False))
+            _replace(self.path / "overrides.yaml", yaml.safe_dump(list(overrides)))
+            _replace(self.path / "plan.json", _json(plan))
+            _replace(self.path / "ds_config.json", _json(ds_config))
+            if tokenizer is not None and not self.tokenizer.exists():
+                _replace(self.tokenizer, tokenizer.to_json())
         except OSError as error:
             raise _unwritable(config, self.path, error.strerror or str(error)) from error
-        self.config.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
-        (self.path / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)), encoding="utf-8")
-        _write_json(self.path / "plan.json", plan)
-        _write_json(self.path / "ds_config.json", ds_config)
-        if tokenizer is not None and not self.tokenizer.exists():
-            tokenizer.save(self.tokenizer)
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The run's tokenizer. Raises CheckpointError where its file is missing or damaged."""
+        try:
+            return load_tokenizer(self.tokenizer)
+        except DataError as error:
+            raise CheckpointError(f"{error} Restore the file the run was begun with.") from error
 
     def log(self, rank: int) -> Path:
         """Where a rank's messages go."""
@@ -109,10 +127,12 @@ class RunDirectory:
                 truncate_after(path, last_step)
 
     def status(self, state: str, step: int, reason: str, exit_code: int | None = None) -> None:
-        """Say how the run stands: running, finished, preempted or failed. Replaced in one move."""
-        partial = self.path / f".status_{os.getpid()}.json"  # any rank may have to tell of a hang
-        _write_json(partial, {"state": state, "step": step, "reason": reason, "exit_code": exit_code})
-        partial.replace(self.path / "status.json")
+        """Say how the run stands: running, finished, preempted or failed. What cannot be written is a warning."""
+        path = self.path / "status.json"
+        try:
+            _replace(path, _json({"state": state, "step": step, "reason": reason, "exit_code": exit_code}))
+        except OSError as error:
+            _log.warning("%s stays as it is: %s", path, error)
 
     def conclude(self, state: str, reason: str, exit_code: int) -> None:
         """The last word of `status`, at the step it last told."""
@@ -124,9 +144,32 @@ class RunDirectory:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
+def _check_same(config: Config, place: str, written: Callable[[], Config]) -> None:
+    """Refuse to go on with the run in `place`, where that must not be. Raises ConfigError."""
+    if config.resume == Resume.never:
+        raise ConfigError(f"resume=never, but {place} exists; choose another name, or resume=auto to go on with it.")
+    changed = differences(written(), config)
+    if changed:
+        raise ConfigError(
+            f"{place} was written by another configuration; choose another name=..., or undo the difference:\n  "
+            + "\n  ".join(changed)
+        )
+
+
 def _unwritable(config: Config, path: Path, reason: str) -> SetupError:
     return SetupError(f"runs_dir={config.runs_dir}: cannot write {path}: {reason}; choose another runs_dir.")
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one move: a kill or a full disk leaves the one before. Any rank may do so at the same time."""
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

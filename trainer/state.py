@@ -15,7 +15,8 @@ class TrainState:
     step: optimizer steps done; tokens: target tokens; samples; epoch: passes over the data, fractional; seconds: wall
     time spent training; best: the best value of the headline metric so far and the step that reached it;
     stale_evaluations: how many evaluations ago that was; losses, grad_norms: of late, without anomalies;
-    anomalies: steps of late that had one (see `trainer.guards.anomalies`).
+    anomalies: steps of late that had one (see `trainer.guards.anomalies`); lowest_scale_steps: how many in a row fp16's
+    loss scale has been at its lowest.
     """
 
     step: int = 0
@@ -29,6 +30,7 @@ class TrainState:
     losses: tuple[float, ...] = ()
     grad_norms: tuple[float, ...] = ()
     anomalies: tuple[int, ...] = ()
+    lowest_scale_steps: int = 0
 
     def advance(self, tokens: int, samples: int, epoch: float, seconds: float) -> TrainState:
         """The state after one more optimizer step."""

@@ -20,18 +20,25 @@ def summarise(
     config: Config, plan: RunPlan, parameters: int, schedule: Schedule, directory: RunDirectory, state: TrainState
 ) -> str:
     """Model, batch arithmetic, learning rate, precision, engine, data, run directory; one fact a line."""
+    shared = plan.sequence_parallel * plan.tensor_parallel
+    ranks = f"{plan.data_parallel} ranks" if shared == 1 else f"{plan.data_parallel} groups of {shared} ranks"
     if plan.micro_tokens is None:
-        split = (
-            f"{plan.global_size} = {plan.micro_size} micro x {plan.accumulation} accumulation x {plan.world_size} ranks"
-        )
+        split = f"{plan.global_size} = {plan.micro_size} micro x {plan.accumulation} accumulation x {ranks}"
     else:
-        split = f"{plan.global_size} in micro-batches of at most {plan.micro_tokens} tokens on {plan.world_size} ranks"
+        split = f"{plan.global_size} in micro-batches of at most {plan.micro_tokens} tokens on {ranks}"
     lr = config.optimizer["lr"]
     last = config.steps - 1 if schedule.unit == "steps" else config.stop.tokens or 0
     warmup = config.schedule.get("warmup", 0)
     engine_name = f"ZeRO stage {plan.zero_stage}" if plan.engine == "zero" else "plain PyTorch"
     offload = [
-        what for what, on in (("optimizer", plan.offload_optimizer), ("parameters", plan.offload_parameters)) if on
+        f"{what} in {'host memory' if where == 'cpu' else plan.nvme_path}"
+        for what, where in (("optimizer", plan.offload_optimizer), ("parameters", plan.offload_parameters))
+        if where != "none"
+    ]
+    sharing = [
+        f"{what} of a layer shared by {number} ranks"
+        for what, number in (("positions", plan.sequence_parallel), ("matrices", plan.tensor_parallel))
+        if number > 1
     ]
     rows = {
         "model": f"{_short(config.model['_target_'])}, {parameters:,} parameters",
@@ -41,7 +48,7 @@ def summarise(
         f" {schedule.unit} of warm-up, {lr * schedule.factor(last):.3g} last ({_short(config.schedule['_target_'])})",
         "optimizer": _short(config.optimizer["_target_"]),
         "precision": str(config.precision),
-        "engine": engine_name + (f", {' and '.join(offload)} in host memory" if offload else ""),
+        "engine": ", ".join((engine_name, *offload, *sharing)),
         "device": f"{plan.world_size} x {distributed.device().type}",
         "data": f"{config.data['path']}",
         "run directory": str(directory.path),

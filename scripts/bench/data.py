@@ -67,7 +67,7 @@ def write_shards(folder: Path, records: Iterator[dict[str, str]] | list[dict[str
 
 def make_loader(data: StreamData, task: Any, epochs: float | None = 1.0, states: Any = None) -> Loader:
     """A loader of one rank."""
-    plan = RunPlan(1, GLOBAL_SIZE, GLOBAL_SIZE, None, None, None, "fp32", "plain", 0, False, False, 1.0)
+    plan = RunPlan(1, GLOBAL_SIZE, GLOBAL_SIZE, None, None, None, "fp32", "plain", 0, "none", "none", 1.0)
     stream = Stream(Corpus(data, dict.fromkeys(data.datasets, task)), 0, GLOBAL_SIZE, epochs)
     loader = Loader(make_dealers(stream, 0, 1), task, plan, stream.row_lengths)
     if states is not None:
@@ -135,6 +135,11 @@ def bench_tokenizer(folder: Path, options: argparse.Namespace) -> None:
         print(f"{name}: packed batches / encode_batch {pairs_of(ours, raw, options.pairs)}, rows {fill:.1%} full")
 
 
+def encode_alone(_: int) -> None:
+    """In a forked worker: the tokenizer's threads have stayed behind in the parent."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
 def bench_peer(folder: Path, options: argparse.Namespace) -> None:
     """Target tokens per second / those of datasets + DataLoader + collator, padded as by default."""
     import datasets
@@ -169,7 +174,7 @@ def bench_peer(folder: Path, options: argparse.Namespace) -> None:
                 encoded = stream.map(encode, batched=True, remove_columns=names)
                 batches = torch.utils.data.DataLoader(
                     encoded, batch_size=GLOBAL_SIZE, collate_fn=collator, num_workers=workers,
-                    persistent_workers=workers > 0,
+                    persistent_workers=workers > 0, worker_init_fn=encode_alone,
                 )  # fmt: skip
                 started, tokens = time.perf_counter(), 0
                 for batch in itertools.chain.from_iterable(itertools.repeat(batches, EPOCHS)):

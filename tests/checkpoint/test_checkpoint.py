@@ -70,12 +70,13 @@ def test_a_save_that_was_killed_is_no_checkpoint(tmp_path):
     save_steps(tmp_path, 1, 2)
     (tmp_path / "step_00000002").rename(tmp_path / ".partial_step_00000002")
     assert newest(tmp_path).state.step == 1
-    save_steps(tmp_path, 2)  # the leftover does not stand in the way
+    (tmp_path / ".partial_step_00000009").mkdir()  # of a step that is not saved again
+    save_steps(tmp_path, 2)  # the leftovers do not stand in the way
     assert newest(tmp_path).state.step == 2
     assert not list(tmp_path.glob(".partial*"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no manifest", "garbled manifest"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no manifest", "garbled manifest", "no text"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path, damage):
     save_steps(tmp_path, 1, 2)
     folder = tmp_path / "step_00000002"
@@ -89,6 +90,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path, 
         shard.unlink()
     elif damage == "no manifest":
         (folder / "manifest.json").unlink()
+    elif damage == "no text":
+        (folder / "manifest.json").write_bytes(b'{"format": 1, "files": \xff')
     else:
         (folder / "manifest.json").write_text('{"format": 1,')
     with pytest.raises(CheckpointError, match="step_00000002"):

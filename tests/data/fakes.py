@@ -110,7 +110,18 @@ def plan(
 ) -> RunPlan:
     rank_size = global_size // world_size
     return RunPlan(
-        world_size, global_size, rank_size, micro_size, None, micro_tokens, "fp32", "plain", 0, False, False, 1.0
+        world_size,
+        global_size,
+        rank_size,
+        micro_size,
+        None,
+        micro_tokens,
+        "fp32",
+        "plain",
+        0,
+        "none",
+        "none",
+        1.0,
     )
 
 

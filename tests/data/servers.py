@@ -67,6 +67,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append((self.command, self.path, self.headers.get("Range")))
         fault = None if "list-type" in self.path else self.server.next_fault(self.command)
         if fault is not None and isinstance(fault.kind, int):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
             self.send_response(fault.kind)
             self.send_header("Content-Length", "0")
             if fault.retry_after is not None:
@@ -87,7 +88,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault is not None or "Content-Length" not in headers:
             self.close_connection = True
 
-    do_HEAD = do_PUT = do_GET
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
     def _break(self, fault: Fault, body: bytes) -> None:
         self.wfile.write(body[: len(body) // 2])
@@ -101,6 +102,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _from_folder(self) -> tuple[int, dict[str, str], bytes]:
         assert self.server.folder is not None
         path = self.server.folder / self.path.lstrip("/").split("?")[0]
+        if path.is_dir():
+            body = "".join(f'<a href="{entry.name}">{entry.name}</a>\n' for entry in sorted(path.iterdir())).encode()
+            return 200, {"Content-Length": str(len(body)), "Content-Type": "text/html"}, body
         if not path.is_file():
             return 404, {"Content-Length": "0"}, b""
         body, headers, status = path.read_bytes(), {}, 200

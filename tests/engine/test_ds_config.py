@@ -21,8 +21,9 @@ def make(**changes):
         "precision": "bf16",
         "engine": "zero",
         "zero_stage": 2,
-        "offload_optimizer": False,
-        "offload_parameters": False,
+        "offload_optimizer": "none",
+        "offload_parameters": "none",
+        "nvme_path": None,
         "clip_norm": 1.0,
     }
     return make_ds_config(RunPlan(**{**facts, **changes}))
@@ -52,7 +53,7 @@ def test_precision():
 
 
 def test_offload_and_clipping():
-    zero = make(zero_stage=3, offload_optimizer=True, offload_parameters=True)["zero_optimization"]
+    zero = make(zero_stage=3, offload_optimizer="cpu", offload_parameters="cpu")["zero_optimization"]
     assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "cpu"
     assert make(clip_norm=0.5)["gradient_clipping"] == 0.5
     assert make(clip_norm=None)["gradient_clipping"] == 0.0

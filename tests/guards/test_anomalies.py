@@ -11,6 +11,9 @@ from safetensors import safe_open
 
 from tests.conftest import ROOT
 from tests.test_training import curve, rows, samples_by_step
+from trainer.config import GuardConfig
+from trainer.guards.anomalies import Update, remember, scale_alarm
+from trainer.state import TrainState
 
 COMMON = (
     *("experiment=digits_mlp", "optimizer=adamw", "optimizer.lr=1e-3", "schedule=constant", "model.dropout=0"),
@@ -117,3 +120,17 @@ def test_too_many_end_the_run(run_trainer):
     assert done.returncode == 1 and "guard.max_anomalies=2" in done.stderr and "step 6" in done.stderr
     assert status(run)["state"] == "failed" and saved(run, 5)[1]["train"]["anomalies"] == [2, 3]
     assert [line["action"] for line in anomalies(run)] == ["skip", "skip", "stop"]
+
+
+def test_the_lowest_loss_scale_of_fp16_is_told_once_it_stays():
+    """Scales as DeepSpeed's scaler leaves them after each step; fp16 itself runs on GPUs alone."""
+    guard, state, told = GuardConfig(), TrainState(), []
+    falling = [2.0**power for power in range(16, 0, -1)]
+    for scale in (*falling, *[1.0] * 5, 2.0, *[1.0] * 30, None, *[1.0] * 20):
+        state = remember(guard, state.advance(1, 1, 0.0, 0.0), Update(1.0, loss_scale=scale))
+        if (alarm := scale_alarm(state)) is not None:
+            told.append((state.step, alarm))
+    assert [step for step, _ in told] == [16 + 5 + 1 + 20, 16 + 5 + 1 + 30 + 1 + 20]
+    assert "precision=fp16" in told[0][1] and "precision=bf16" in told[0][1]
+    overflow = Update(float("inf"), loss_scale=1.0, anomaly="not finite")
+    assert remember(guard, state, overflow).lowest_scale_steps == state.lowest_scale_steps + 1

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import launch_command
@@ -241,6 +242,28 @@ def test_a_killed_rank_is_named(start, killed):
     assert status["reason"].startswith(f"lost a peer: rank {killed} (host ")
     assert f"pid {pid}) has given no sign of life" in status["reason"]
     assert f"error: lost a peer: rank {killed} " in job.told and "RuntimeError" not in job.told
+
+
+@pytest.mark.dist
+def test_ranks_do_not_outlive_their_launcher(start):
+    with start() as job:
+        job.wait_for_step(2)
+        pids = [job.heartbeat(rank).pid for rank in (0, 1)]
+        job.launcher.kill()
+        job.launcher.wait()
+        job.wait_until(lambda: not any(running(pid) for pid in pids))
+        status = job.status()
+    assert (status["state"], status["exit_code"]) == ("failed", 76)
+    assert (
+        status["reason"].startswith(f"the launcher (pid {job.launcher.pid}) has gone") and status["reason"] in job.told
+    )
+
+
+def running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.dist

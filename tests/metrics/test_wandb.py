@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -183,3 +184,24 @@ def test_auto_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match="onlin"):
         WandbSink(mode="onlin")
+
+
+@pytest.mark.timeout(150)
+def test_a_server_that_takes_connections_and_never_answers_does_not_hold_up_a_run(
+    run_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    words = ["experiment=digits_mlp", "steps=30", "log.every=1", "eval.final_split=none", "name=run", "logging=[wandb]"]
+    limits = ["logging.wandb.mode=online", "logging.wandb.start_seconds=2", "logging.wandb.finish_seconds=2"]
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as silent:  # the kernel accepts, nobody reads
+        env = {
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "WANDB_MODE": "online",
+        }
+        done = run_trainer([*words, *limits], env=env, timeout=120).check()
+    run = done.runs_dir / "run"
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "loss" in row] == list(range(1, 31))
+    assert done.stderr.count("WandbSink failed in open and is now off, training goes on") == 1
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", 30)

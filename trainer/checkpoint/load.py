@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from trainer.checkpoint import FORMAT, SEPARATOR, step_name
+from trainer.build import fits
+from trainer.checkpoint import SEPARATOR, is_step_name, step_name
+from trainer.checkpoint.parse import MANIFEST, STATE, parse_manifest, parse_state
 from trainer.engine.base import Engine
 from trainer.errors import CheckpointError
 from trainer.state import TrainState
@@ -41,7 +44,7 @@ def newest(root: Path) -> Checkpoint | None:
     Raises CheckpointError naming the damage when there are checkpoints but none is whole: starting from zero in silence
     would throw a run away.
     """
-    folders = sorted((path for path in root.glob("step_*") if path.is_dir()), reverse=True)
+    folders = sorted((path for path in root.glob("step_*") if path.is_dir() and is_step_name(path.name)), reverse=True)
     damage = []
     for folder in folders:
         try:
@@ -59,7 +62,7 @@ def newest(root: Path) -> Checkpoint | None:
 def set_aside(root: Path, step: int) -> None:
     """Rename checkpoints newer than the one of `step`, which are damaged, so that the run can save these steps anew."""
     for folder in root.glob("step_*"):
-        if folder.name > step_name(step):
+        if is_step_name(folder.name) and folder.name > step_name(step):
             aside = folder.with_name(f".damaged_{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             _log.warning("The damaged checkpoint %s is now %s", folder, folder.rename(aside).name)
@@ -76,10 +79,10 @@ def find(root: Path, which: str) -> Checkpoint:
             checkpoint = newest(root)
             if checkpoint is not None:
                 return checkpoint
-        name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else which
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else which
     else:
         name = step_name(int(which)) if which.isdigit() else which
-    if not (root / name).is_dir():
+    if not is_step_name(name) or not (root / name).is_dir():
         existing = ", ".join(sorted(path.name for path in root.glob("step_*"))) or "none"
         raise CheckpointError(f"checkpoint={which} does not exist in {root}; there are: {existing}.")
     return read(root / name)
@@ -90,35 +93,44 @@ def read(folder: Path) -> Checkpoint:
 
     Raises CheckpointError naming the file that is missing or damaged.
     """
-    manifest = _read_json(folder / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder / 'manifest.json'}: format {manifest.get('format')} is not {FORMAT};"
-            " use the version that wrote it."
-        )
+    manifest = parse_manifest(_own(folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
     for name, facts in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; the checkpoint is not whole.")
-        if path.stat().st_size != facts["bytes"]:
+        path, num_bytes = _own(folder / name), facts["bytes"]
+        if path.stat().st_size != num_bytes:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {facts['bytes']}; it is damaged."
+                f"{path} has {path.stat().st_size} bytes, its manifest says {num_bytes}; it is damaged."
             )
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
                 raise CheckpointError(f"{path} does not match the SHA-256 in its manifest; it is damaged.")
-    state = _read_json(folder / "state.json")
-    lanes = {int(lane): position for lane, position in state["lanes"].items()}
-    return Checkpoint(folder, manifest, TrainState.from_dict(state["train"]), state["optimizer"], lanes)
+    return Checkpoint(folder, manifest, *parse_state((folder / STATE).read_bytes(), str(folder / STATE)))
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; the checkpoint is not whole.") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); it is damaged.") from None
+def _own(path: Path) -> Path:
+    """`path`, if it is a file that lies where it seems to. Raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; the checkpoint is not whole.")
+    if path.resolve().parent != path.parent.resolve():
+        raise CheckpointError(f"{path} is a link to a file elsewhere; put the file itself there.")
+    return path
+
+
+Columns = tuple[int, int] | None
+"""See `Fragment.columns`."""
+
+_BLOCK = 1 << 20
+"""Elements that are moved at once where columns differ: their places cost eight bytes each."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A tensor of a shard: elements [start, start + numel) of a state's `columns`."""
+
+    start: int
+    numel: int
+    columns: Columns
+    key: str
+    file: Any
 
 
 class Reader:
@@ -127,50 +139,106 @@ class Reader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._files = ExitStack()
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, str, Any]]] = defaultdict(list)
+        self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
 
     def __enter__(self) -> Reader:
-        for name in sorted(self._checkpoint.manifest["files"]):
-            if name.endswith(".safetensors"):
-                file = self._files.enter_context(safe_open(self._checkpoint.folder / name, framework="pt"))
-                for whole, shape in (file.metadata() or {}).items():
-                    parameter, state = whole.split(SEPARATOR)
-                    self.shapes[parameter, state] = tuple(json.loads(shape))
-                for key in file.keys():  # noqa: SIM118 - not a mapping
-                    parameter, state, start = key.split(SEPARATOR)
-                    numel = file.get_slice(key).get_shape()[0]
-                    self._pieces[parameter, state].append((int(start), numel, key, file))
+        path = self._checkpoint.folder
+        try:
+            for name in sorted(self._checkpoint.manifest["files"]):
+                if name.endswith(".safetensors"):
+                    path = self._checkpoint.folder / name
+                    self._open(path)
+            for (parameter, state), pieces in self._pieces.items():
+                _check(self.shapes[parameter, state], pieces)
+        except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
+            self._files.close()
+            raise CheckpointError(f"{path} holds no tensors as a save writes them ({error}); it is damaged.") from None
         return self
+
+    def _open(self, path: Path) -> None:
+        """Take in what a shard holds. Raises the errors above where it is none."""
+        # A mapped file counts as memory of the process, all of it that was read.
+        file = self._files.enter_context(safe_open(path, framework="pt", backend="pread"))
+        for whole, written in (file.metadata() or {}).items():
+            parameter, state = whole.split(SEPARATOR)
+            shape = json.loads(written)
+            if not fits(shape, list[int]) or min(shape, default=0) < 0:
+                raise ValueError(f"{written[:100]} is no shape")
+            self.shapes[parameter, state] = tuple(shape)
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            parameter, state, start, *interval = key.split(SEPARATOR)
+            columns = tuple(map(int, interval[0].split(":"))) if interval else None
+            (numel,) = file.get_slice(key).get_shape()
+            self._pieces[parameter, state].append(_Piece(int(start), numel, columns, key, file))  # type: ignore[arg-type]
 
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def read_into(self, parameter: str, state: str, start: int, target: torch.Tensor) -> None:
-        """Fill the flat `target` with elements [start, start + numel) of a state, from as many shards as it takes.
+    def read_into(self, parameter: str, state: str, start: int, target: torch.Tensor, columns: Columns = None) -> None:
+        """Fill the flat `target` with elements [start, start + numel) of a state's `columns`, from as many shards as it
+        takes.
 
         Raises CheckpointError when the checkpoint does not hold them all.
         """
         end, filled = start + target.numel(), 0
-        for piece_start, numel, key, file in self._pieces[parameter, state]:
-            begin, stop = max(start, piece_start), min(end, piece_start + numel)
+        for piece in self._pieces[parameter, state]:
+            if piece.columns != columns:
+                filled += _read_across(piece, self.shapes[parameter, state][1], start, target, columns)
+                continue
+            begin, stop = max(start, piece.start), min(end, piece.start + piece.numel)
             if begin < stop:
-                part = file.get_slice(key)[begin - piece_start : stop - piece_start]
+                part = piece.file.get_slice(piece.key)[begin - piece.start : stop - piece.start]
                 target[begin - start : stop - start].copy_(part)
                 filled += stop - begin
         if filled < target.numel():
-            raise CheckpointError(
-                f"{self._checkpoint.folder}: {parameter} ({state}) has {filled} of the {target.numel()} elements"
-                f" wanted from {start}; the checkpoint was written by another model or optimizer."
-            )
+            raise self._lacks(parameter, state, filled, target.numel(), start)
+
+    def _lacks(self, parameter: str, state: str, found: int, wanted: int, start: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self._checkpoint.folder}: {parameter} ({state}) has {found} of the {wanted} elements wanted from"
+            f" {start}; the checkpoint was written by another model or optimizer."
+        )
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter's master weights, one at a time, fp32."""
         for (parameter, state), shape in self.shapes.items():
             if state == "master":
-                target = torch.empty(torch.Size(shape).numel())
+                numel, held = math.prod(shape), sum(piece.numel for piece in self._pieces[parameter, state])
+                if held < numel:  # told before memory is asked for, whatever the shape says
+                    raise self._lacks(parameter, state, held, numel, 0)
+                target = torch.empty(numel)
                 self.read_into(parameter, state, 0, target)
                 yield parameter, target.view(shape)
+
+
+def _check(shape: tuple[int, ...], pieces: Sequence[_Piece]) -> None:
+    """Raise ValueError where the pieces of a state cannot be parts of it; some may be missing."""
+    for piece in pieces:
+        begin, end = piece.columns or (0, 1)
+        if piece.start < 0 or not 0 <= begin < end or (piece.columns and (len(shape) != 2 or end > shape[1])):
+            raise ValueError(f"{piece.key} is no part of a tensor of shape {shape}")
+
+
+def _read_across(piece: _Piece, width: int, start: int, target: torch.Tensor, columns: Columns) -> int:
+    """`read_into` from a piece of other columns of a matrix, `width` columns wide; returns how many elements."""
+    own_begin, own_end = piece.columns or (0, width)
+    begin, end = columns or (0, width)
+    own_width, wanted_width = own_end - own_begin, end - begin
+    first = max(piece.start, start // wanted_width * own_width)
+    rows = -(-(start + target.numel()) // wanted_width)
+    last = min(piece.start + piece.numel, rows * own_width)
+    filled = 0
+    for low in range(first, last, _BLOCK) if max(own_begin, begin) < min(own_end, end) else ():
+        high = min(low + _BLOCK, last)
+        index = torch.arange(low, high)
+        column = index % own_width + own_begin
+        place = index // own_width * wanted_width + column - begin - start
+        found = (column >= begin) & (column < end) & (place >= 0) & (place < target.numel())
+        values = piece.file.get_slice(piece.key)[low - piece.start : high - piece.start][found]
+        target[place[found].to(target.device)] = values.to(target)
+        filled += len(values)
+    return filled
 
 
 def load(checkpoint: Checkpoint, engine: Engine) -> None:
@@ -191,5 +259,5 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
         if problems:
             raise CheckpointError(f"{checkpoint.folder} does not fit this model:\n  " + "\n  ".join(problems))
         for fragment in engine.fragments():
-            reader.read_into(fragment.parameter, fragment.key, fragment.start, fragment.tensor)
+            reader.read_into(fragment.parameter, fragment.key, fragment.start, fragment.tensor, fragment.columns)
     engine.after_load(checkpoint.scalars)

@@ -11,20 +11,26 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
 from trainer import distributed
-from trainer.checkpoint import FORMAT, SEPARATOR, step_name
+from trainer.checkpoint import FORMAT, SEPARATOR, is_step_name, kept, step_name
+from trainer.checkpoint.pieces import write_pieces
 from trainer.config import CheckpointConfig
-from trainer.engine.base import Engine
+from trainer.engine.base import Engine, Fragment
 from trainer.errors import CheckpointError
+from trainer.guards import watchdog
 from trainer.state import TrainState
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.copies import Copier
 
 _NICENESS = 10
 """Of the thread that writes: what it takes from the step is less than what it would take as an equal."""
@@ -32,7 +38,8 @@ _NICENESS = 10
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """A rank's part of the run as it stood after a step; `tensors`: copies, by their keys in the file."""
+    """A rank's part of the run as it stood after a step; `tensors`: copies, by their keys in the file, or stand-ins on
+    the meta device for what training leaves alone until it is written."""
 
     state: TrainState
     lanes: Mapping[int, Any]
@@ -64,14 +71,18 @@ class Checkpointer:
         plan: Mapping[str, Any],
         checkpoint: CheckpointConfig,
         told: Callable[[int, str | None], None],
+        copier: Copier | None = None,
     ) -> None:
-        """root: the run's `checkpoints` folder; told: on rank 0, the step of a
-        checkpoint and why it was not written, or None."""
+        """root: the run's `checkpoints` folder; told: on rank 0, the step of a checkpoint and why it was not written,
+        or None; copier: on rank 0 of a run with `checkpoint.remote`, for what it is also told of copies."""
         self._root = root
         self._engine = engine
         self._plan = plan
         self.checkpoint = checkpoint
         self._told = told
+        self._copier = copier
+        self._step = 0
+        """The last that was to be saved."""
         self._snapshot: _Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._best = False
@@ -89,6 +100,7 @@ class Checkpointer:
 
         lanes: positions of this rank's data lanes; best: it is the best so far.
         """
+        self._step = state.step
         if self._snapshot is not None and self._snapshot.state.step == state.step:
             self._best = self._best or best
             return
@@ -99,7 +111,7 @@ class Checkpointer:
                 self._conclude(state.step, [problem])
                 return
             self._best = best
-            self._snapshot = _take_snapshot(self._engine, state, lanes)
+            self._snapshot = _take_snapshot(self._engine, state, lanes, copies=self.checkpoint.asynchronous)
             self._thread = threading.Thread(target=self._write, args=(self._snapshot,), name="checkpoint")
             self._thread.start()
             if not self.checkpoint.asynchronous:
@@ -114,16 +126,22 @@ class Checkpointer:
         snapshot, self._snapshot = self._snapshot, None
         shards = distributed.all_gather_objects(self._shard)
         failures = [f"rank {rank}: {one.failure}" for rank, one in enumerate(shards) if one.failure is not None]
+        if not failures:
+            failures = distributed.on_rank_zero(lambda: self._publish(snapshot, shards))
         if failures:
             distributed.on_rank_zero(lambda: shutil.rmtree(self._partial(snapshot.state.step), ignore_errors=True))
-        else:
-            failures = distributed.on_rank_zero(lambda: self._publish(snapshot, shards))
         self._conclude(snapshot.state.step, failures)
 
     def _conclude(self, step: int, failures: list[str]) -> None:
         self.failure = f"the checkpoint of step {step} was not written: {'; '.join(failures)}" if failures else None
         if distributed.rank() == 0:
             self._told(step, self.failure)
+            if self._copier is not None:
+                self._tell_copies(self._copier, step)
+
+    def _tell_copies(self, copier: Copier, step: int, last: bool = False) -> None:
+        for news in copier.take_news(last):
+            self._told(step, news)
 
     def finish(self) -> None:
         """Wait for a save that is under way, and commit it."""
@@ -133,11 +151,34 @@ class Checkpointer:
     def require(self) -> None:
         """`finish`, and raise CheckpointError where the last checkpoint could not be written."""
         self.finish()
+        if self.checkpoint.remote is not None:
+            self._await_copies()
         if self.failure is not None:
             raise CheckpointError(
                 f"{self._root}: {self.failure}. The checkpoint before it is valid; make room or mend the storage, then"
                 " start the run again."
             )
+
+    def _await_copies(self) -> None:
+        """Wait until the last checkpoint is on remote storage or cannot be brought there. All ranks wait: a launcher
+        may end those that are left when one ends."""
+        before = None
+        while (now := distributed.on_rank_zero(self._wait)) is not None:
+            if now != before:
+                watchdog.progress()
+            before = now
+        if self._copier is not None:
+            self._tell_copies(self._copier, self._step, last=True)
+            with suppress(OSError):  # the next save deletes them
+                self._prune()
+
+    def _wait(self) -> int | None:
+        assert self._copier is not None, "rank 0 has a copier where checkpoint.remote is set"
+        return self._copier.wait(1.0)
+
+    def _prune(self) -> None:
+        spared = frozenset() if self._copier is None else self._copier.spared
+        prune(self._root, self.checkpoint.keep, self.checkpoint.keep_every, spared)
 
     def _partial(self, step: int) -> Path:
         return self._root / f".partial_{step_name(step)}"
@@ -147,7 +188,12 @@ class Checkpointer:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         path = self._partial(snapshot.state.step) / f"shard_{distributed.rank():05d}.safetensors"
         try:
-            save_file(dict(snapshot.tensors), path, metadata=dict(snapshot.metadata))
+            if self.checkpoint.asynchronous:
+                save_file(dict(snapshot.tensors), path, metadata=dict(snapshot.metadata))
+            else:
+                sizes = {key: tensor.numel() for key, tensor in snapshot.tensors.items()}
+                pieces = ((key, fragment.tensor) for key, fragment in _saved(self._engine))
+                write_pieces(path, sizes, pieces, snapshot.metadata)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             self._shard = _Shard(path.name, path.stat().st_size, _sha256(path), snapshot.shapes, snapshot.lanes)
@@ -163,21 +209,27 @@ class Checkpointer:
             point(self._root, "latest", step_name(step))
             if self._best:
                 point(self._root, "best", step_name(step))
-            prune(self._root, self.checkpoint.keep, self.checkpoint.keep_every)
+            if self._copier is not None:  # first: what it is offered is spared
+                self._copier.offer()
+            self._prune()
         except OSError as error:
             return [f"rank 0: {error}"]
         return []
 
 
-def _take_snapshot(engine: Engine, state: TrainState, lanes: Mapping[int, Any]) -> _Snapshot:
-    """Copies of this rank's fragments. Where every rank holds the same, each takes its turn of them."""
-    rank, world_size = distributed.rank(), distributed.world_size()
+def _saved(engine: Engine) -> Iterator[tuple[str, Fragment]]:
+    """The fragments that this rank saves, with their keys in the file."""
+    for fragment in engine.fragments():
+        if fragment.saved:
+            columns = () if fragment.columns is None else (f"{fragment.columns[0]}:{fragment.columns[1]}",)
+            yield SEPARATOR.join((fragment.parameter, fragment.key, str(fragment.start), *columns)), fragment
+
+
+def _take_snapshot(engine: Engine, state: TrainState, lanes: Mapping[int, Any], copies: bool) -> _Snapshot:
+    """The fragments that this rank saves: `copies` of them, or no more than their sizes."""
     tensors, shapes, metadata = {}, {}, {}
-    for index, fragment in enumerate(engine.fragments()):
-        if engine.replicated and index % world_size != rank:
-            continue
-        key = SEPARATOR.join((fragment.parameter, fragment.key, str(fragment.start)))
-        tensors[key] = fragment.tensor.detach().to("cpu", copy=True).contiguous()
+    for key, fragment in _saved(engine):
+        tensors[key] = fragment.tensor.detach().to("cpu" if copies else "meta", copy=True).contiguous()
         metadata[f"{fragment.parameter}{SEPARATOR}{fragment.key}"] = json.dumps(fragment.shape)
         if fragment.key == "master":
             shapes[fragment.parameter] = list(fragment.shape)
@@ -206,16 +258,19 @@ def point(root: Path, pointer: str, name: str) -> None:
     _sync_folder(root)
 
 
-def prune(root: Path, keep: int, keep_every: int | None = None) -> None:
-    """Delete all checkpoints but the newest `keep`, the best one, and those of steps that `keep_every` divides."""
-    best = (root / "best").read_text(encoding="utf-8").strip() if (root / "best").exists() else None
-    saved = sorted(path for path in root.glob("step_*") if path.is_dir())
-    for path in saved[: max(0, len(saved) - max(1, keep))]:
-        kept_for_good = keep_every is not None and int(path.name.removeprefix("step_")) % keep_every == 0
-        if path.name != best and not kept_for_good:
-            # Renamed first: a half-deleted folder must not look like a checkpoint.
-            doomed = path.rename(path.with_name(f".doomed_{path.name}"))
-            shutil.rmtree(doomed)
+def best_of(root: Path) -> str | None:
+    """The name of the best checkpoint, if one is known."""
+    pointer = root / "best"
+    return pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
+
+
+def prune(root: Path, keep: int, keep_every: int | None = None, spared: Set[str] = frozenset()) -> None:
+    """Delete all checkpoints but those that stay by `trainer.checkpoint.kept`, and those of names in `spared`."""
+    saved = {path.name: path for path in root.glob("step_*") if path.is_dir() and is_step_name(path.name)}
+    for name in sorted(saved.keys() - kept(saved, keep, keep_every, best_of(root)) - spared):
+        # Renamed first: a half-deleted folder must not look like a checkpoint.
+        doomed = saved[name].rename(root / f".doomed_{name}")
+        shutil.rmtree(doomed)
     for leftover in root.glob(".doomed_*"):  # of a kill in the middle of the above
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -230,10 +285,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _fresh(folder: Path) -> str | None:
-    """Make an empty folder, also after a save that was killed; returns why that cannot be."""
+    """Make an empty folder, and take away what saves that were killed have left; returns why that cannot be."""
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
+        for leftover in folder.parent.glob(".partial_*"):  # one save at a time: none is of another that goes on
+            shutil.rmtree(leftover)
         folder.mkdir(parents=True)
     except OSError as error:
         return str(error)

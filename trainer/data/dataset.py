@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from trainer.data.files import FORMATS, FileSource
 from trainer.data.hub import HubSource
 from trainer.data.locate import expand, find_files, is_hub
-from trainer.data.remote import Retries, redacted
+from trainer.data.remote import Retries
 from trainer.data.sources import Source, column, column_paths
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, redacted
 from trainer.tasks import BadRecord, Record
 
 _log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from functools import partial
 
 from trainer.data.formats import COMPRESSIONS, FAULTS, FORMATS, Part, file_format, num_arrow_batches, read_part
-from trainer.data.remote import Retries, filesystem, has_ranges, is_remote, open_file, redacted, retrying
-from trainer.errors import DataError
+from trainer.data.remote import Retries, filesystem, has_ranges, is_remote, open_file, retrying
+from trainer.errors import DataError, redacted
 from trainer.tasks import BadRecord, Record
 
 __all__ = ["COMPRESSIONS", "FORMATS", "FileSource", "file_format"]

@@ -6,10 +6,11 @@ costs one block, wherever it is.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import truediv
 from typing import Any, Self
 
 import numpy as np
@@ -60,6 +61,18 @@ class Position:
         """The position that `to_state` wrote."""
         places = tuple((epoch, shard, offset) for epoch, shard, offset in state["places"])
         return cls(**{**state, "places": places, "credits": tuple(state["credits"])})
+
+
+def is_lane_state(state: Mapping[str, Any]) -> bool:
+    """Whether `state` has the form of a position's `to_state` with the `place` in the stream: nothing else is gone on
+    from."""
+    try:
+        position = Position.from_state({name: value for name, value in state.items() if name != "place"})
+        numbers = [state["place"], position.block, position.first, position.done, position.last]
+        numbers += [*position.counts.values(), *(number for place in position.places for number in place)]
+        return all(operator.index(number) >= 0 for number in numbers) and all(map(math.isfinite, position.credits))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +210,7 @@ class BlockReader:
 
     def _share_of_row(self, sample: Sample) -> float:
         lengths = self._rules.row_lengths
-        return 1.0 if lengths is None else max(map(truediv, sample.sides, lengths))
+        return 1.0 if lengths is None else max(map(operator.truediv, sample.sides, lengths))
 
     def _step(self, fill: float) -> int:
         """The optimizer step of the row behind `fill` rows of this block."""

@@ -10,6 +10,8 @@ from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.lanes import is_lane_state
+from trainer.errors import CheckpointError
 from trainer.tasks import PacksRows
 
 if TYPE_CHECKING:
@@ -78,10 +80,21 @@ class Loader:
         self._thread: threading.Thread | None = None
 
     def load_lane_states(self, states: Mapping[int, Mapping[str, Any]]) -> None:
-        """Go on where `lane_states` of a step left off; `states` holds this rank's lanes or more. Before iterating."""
+        """Go on where `lane_states` of a step left off; `states` holds this rank's lanes or more. Before iterating.
+
+        Raises CheckpointError where these are no states of lanes.
+        """
         assert self._thread is None, "the loader is already running"
-        for dealer in self._dealers:
-            dealer.load_lane_states(states)
+        wrong = next((index for index, state in states.items() if not is_lane_state(state)), None)
+        try:
+            for dealer in self._dealers if wrong is None else ():
+                dealer.load_lane_states(states)
+        except KeyError as error:
+            wrong = error.args[0]
+        if wrong is not None:
+            raise CheckpointError(
+                f"The checkpoint's state.json has no position of lane {wrong} as a save writes it; it is damaged."
+            )
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Start the background thread and wait for each step in turn; what goes wrong there is a step's `failure`."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from trainer.data.formats import file_format
 from trainer.data.remote import filesystem as open_filesystem
-from trainer.data.remote import redacted, retrying
-from trainer.errors import DataError
+from trainer.data.remote import retrying
+from trainer.errors import DataError, redacted
 
 _PACKAGED = "corpora:"
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")

@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 
-from trainer.errors import DataError, SetupError
+from trainer.errors import DataError, SetupError, redacted
 
 _log = logging.getLogger(__name__)
 
@@ -84,12 +84,6 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def redacted(text: str) -> str:
-    """`text` with the secrets of the URLs in it left out: user and password, and the query of http(s)."""
-    text = re.sub(r"(\w://)[^/@\s'\"]*@", r"\1", text)
-    return re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
-
-
 def filesystem(path: str, retries: Retries | None = None) -> tuple[Any, str]:
     """(fsspec's file system, name within it) of a path or URL.
 
@@ -118,8 +112,8 @@ def _options(protocol: str, retries: Retries) -> dict[str, Any]:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=retries.stall_seconds, sock_read=retries.stall_seconds)
-        # an encoded body has another length than the file
-        client = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
+        # an encoded body has another length than the file; the environment knows proxies and, by ~/.netrc, passwords
+        client = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}, "trust_env": True}
         return {"client_kwargs": client | own.get("client_kwargs", {})}
     if protocol in ("s3", "s3a"):
         stall = retries.stall_seconds

@@ -83,6 +83,10 @@ class Tokenizer:
         """`decode` of each."""
         return list(self._backend.decode_batch([list(row) for row in ids], skip_special_tokens=True))
 
+    def token_of(self, id_: int) -> str:
+        """The name of an entry of the vocabulary."""
+        return str(self._backend.id_to_token(id_))
+
     def to_json(self) -> str:
         """The whole tokenizer; `from_json` reads it back. The very text it was read from, if it was."""
         return self._json

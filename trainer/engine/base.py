@@ -23,7 +23,9 @@ class Fragment:
 
     parameter: name in the model; key: "master" (fp32 weights) or an optimizer state ("exp_avg" ...);
     start: where the piece begins in the flattened whole; shape: of the whole; tensor: a live flat view: reading it
-    saves, writing into it loads.
+    saves, writing into it loads. columns: the interval of a matrix's columns that the piece is of, None = all; `start`
+    then counts in the matrix of these columns. saved: whether this rank is the one, of those that hold the piece, that
+    saves it.
     """
 
     parameter: str
@@ -31,6 +33,14 @@ class Fragment:
     start: int
     shape: tuple[int, ...]
     tensor: torch.Tensor
+    columns: tuple[int, int] | None = None
+    saved: bool = True
+
+    def fill(self, whole: torch.Tensor) -> None:
+        """Copy the piece out of the `whole` parameter's flattened values."""
+        if self.columns is not None:
+            whole = whole.view(self.shape)[:, slice(*self.columns)].flatten()
+        self.tensor.copy_(whole[self.start : self.start + self.tensor.numel()])
 
 
 class Engine(Protocol):
@@ -41,9 +51,6 @@ class Engine(Protocol):
 
     model: torch.nn.Module
     """What tasks call: runs `forward` with the engine's hooks."""
-
-    replicated: bool
-    """True when every rank holds the whole training state (its fragments are the same everywhere)."""
 
     ranks_must_step_together: bool
     """True when `forward` is a collective (ZeRO-3): every rank must run the same number of forward passes."""
@@ -70,7 +77,8 @@ class Engine(Protocol):
     def fragments(self) -> Iterator[Fragment]:
         """This rank's pieces of the training state; over all ranks they cover all of it at least once.
 
-        Optimizer states exist from the first call on, even before the first step.
+        Optimizer states exist from the first call on, even before the first step. A piece that lives on a disk is in
+        memory only until the next one is asked for.
         """
 
     def scalars(self) -> dict[str, float]:

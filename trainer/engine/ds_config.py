@@ -10,6 +10,12 @@ from typing import Any
 
 from trainer.plan import RunPlan
 
+_SWAPPED_ELEMENTS = 5 * 10**7
+"""Of masters and each optimizer state, that are in memory at once when they live on a disk."""
+
+_SWAP_BUFFERS = 5
+"""Of page-locked memory, each for so many fp32 numbers: masters, gradients and at most three states of an optimizer."""
+
 
 def make_ds_config(plan: RunPlan) -> dict[str, Any]:
     """The dictionary given to `deepspeed.initialize` for this plan; {} when the engine is not ZeRO."""
@@ -20,10 +26,13 @@ def make_ds_config(plan: RunPlan) -> dict[str, Any]:
         "overlap_comm": False,  # set to True by `trainer.engine.zero` where there are streams to overlap on
         "contiguous_gradients": True,
     }
-    if plan.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    if plan.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+    if plan.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": plan.offload_optimizer, "pin_memory": False}
+    if plan.offload_optimizer == "nvme":
+        zero["offload_optimizer"] |= {"nvme_path": plan.nvme_path, "buffer_count": _SWAP_BUFFERS}
+        zero["sub_group_size"] = _SWAPPED_ELEMENTS
+    if plan.offload_parameters != "none":
+        zero["offload_param"] = {"device": plan.offload_parameters, "pin_memory": False}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_size or 1,
         # With a token budget the number of micro-batches varies; any number above 1 makes offload accumulate.

@@ -7,6 +7,7 @@ the norm are each one operation, whatever the number of layers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -25,6 +26,8 @@ from trainer.engine.optimizer_state import (
     tensor_states,
 )
 from trainer.optim import set_learning_rate
+from trainer.parallel.layout import Layout
+from trainer.parallel.slices import Slices, of_whole
 from trainer.tasks import Batch, LossSums, Task
 
 BuildOptimizer = Callable[[Iterable[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
@@ -35,7 +38,6 @@ _ALIGNMENT = 64  # elements; every parameter begins on a cache line, as in its o
 class PlainEngine:
     """See `trainer.engine.base.Engine`. `module` must be in fp32; it is converted to `dtype` here."""
 
-    replicated = True
     ranks_must_step_together = False
 
     def __init__(
@@ -45,7 +47,12 @@ class PlainEngine:
         dtype: torch.dtype,
         clip_norm: float | None,
         compiled: bool = False,
+        layout: Layout | None = None,
+        slices: Slices | None = None,
     ) -> None:
+        """layout, slices: where the model is split over ranks (see `trainer.parallel`)."""
+        self._layout = layout or Layout(distributed.rank(), distributed.world_size())
+        self._slices = slices or {}
         self._clip_norm = clip_norm
         self.skipped_steps = 0
         self._names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -92,19 +99,30 @@ class PlainEngine:
             torch._foreach_add_([total for total, _ in used], [gradient for _, gradient in used])
             for parameter in self._parameters:
                 parameter.grad = None
-        if last and distributed.world_size() > 1:
-            dist.all_reduce(self._sum_flat)
+        if last and self._layout.shards > 1:
+            dist.all_reduce(self._sum_flat, group=self._layout.shard_group)
         return sums
 
     def step(self, lr: float, max_norm: float = math.inf) -> float:
         """See the contract."""
-        norm = float(torch.linalg.vector_norm(self._sum_flat))
+        norm = self._norm()
         if passes(norm, max_norm):
             self._update(lr, norm)
         else:
             self.skipped_steps += 1
         self._sum_flat.zero_()
         return norm
+
+    def _norm(self) -> float:
+        """Of the whole gradient: of matrices that are split, every rank's part; of the others, one."""
+        if self._layout.tensor == 1:
+            return float(torch.linalg.vector_norm(self._sum_flat))
+        squares = torch.zeros(2, dtype=torch.float64)
+        for name, gradient in zip(self._names, self._sums, strict=True):
+            squares[int(name in self._slices)] += torch.linalg.vector_norm(gradient).double().square().cpu()
+        everywhere = squares.clone()
+        dist.all_reduce(everywhere, group=self._layout.tensor_group)
+        return float((squares[0] + everywhere[1]).sqrt())
 
     def _update(self, lr: float, norm: float) -> None:
         if self._clip_norm is not None and norm > self._clip_norm:
@@ -115,12 +133,15 @@ class PlainEngine:
             self._working_flat.copy_(self._masters_flat)
 
     def fragments(self) -> Iterator[Fragment]:
-        """See the contract: everything, on every rank."""
+        """See the contract: everything, on every rank; they take turns in saving it."""
         materialise_state(self._optimizer, list(self._masters))
+        turn = itertools.count()
         for name, master in zip(self._names, self._masters, strict=True):
-            yield Fragment(name, "master", 0, tuple(master.shape), master.detach().view(-1))
-            for key, state in tensor_states(self._optimizer.state[master]):
-                yield Fragment(name, key, 0, tuple(state.shape), state.view(-1))
+            for key, state in (("master", master.detach()), *tensor_states(self._optimizer.state[master])):
+                own = next(turn) % self._layout.shards == self._layout.shard_rank and self._layout.saves(
+                    name in self._slices
+                )
+                yield from of_whole(Fragment(name, key, 0, tuple(state.shape), state.view(-1), saved=own), self._slices)
 
     def scalars(self) -> dict[str, float]:
         """See the contract."""

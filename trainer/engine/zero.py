@@ -19,10 +19,14 @@ from typing import Any
 import torch
 
 from trainer import distributed
+from trainer.engine import nvme
 from trainer.engine.base import BuildModel, Fragment
 from trainer.engine.optimizer_state import evaluation_mode, get_step, materialise_state, passes, set_step, tensor_states
 from trainer.engine.plain import BuildOptimizer
+from trainer.errors import SetupError
 from trainer.optim import set_learning_rate
+from trainer.parallel.layout import Layout
+from trainer.parallel.slices import Slices, of_whole
 from trainer.tasks import Batch, LossSums, Task
 
 # DeepSpeed calls collectives by names that torch has renamed; nothing a user could mend.
@@ -32,6 +36,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     import deepspeed
+    from deepspeed.ops.op_builder import AsyncIOBuilder
     from deepspeed.runtime.utils import all_gather_dp_groups
 
 # Its shared-memory collectives would be compiled at first use (a minute), and were no faster than gloo's on 2 cores.
@@ -52,10 +57,49 @@ class _Piece:
     numel: int
 
 
+def _forget_groups() -> None:
+    """DeepSpeed keeps process groups in globals, where the next job of a sweep would find those of this one."""
+    deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+
+
+class _Grid:
+    """The layout as DeepSpeed asks for it ("mpu"): what it calls data parallel are the ranks that share a shard."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def get_data_parallel_group(self) -> Any:
+        return self._layout.shard_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._layout.shard_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._layout.shards
+
+    def get_model_parallel_group(self) -> Any:
+        return self._layout.tensor_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._layout.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._layout.tensor
+
+
+def _prepare_nvme(path: str) -> None:
+    """Raises SetupError where DeepSpeed could not compile what reads and writes asynchronously, or not write."""
+    if not AsyncIOBuilder().is_compatible():
+        raise SetupError(
+            "Offloading to nvme reads and writes with libaio, and its headers or a C++ compiler are missing; install"
+            " them (Debian, Ubuntu: apt-get install libaio-dev g++), or set engine.offload_optimizer=cpu."
+        )
+    nvme.claim_folder(path, distributed.rank())
+
+
 class ZeroEngine:
     """See `trainer.engine.base.Engine`."""
-
-    replicated = False
 
     def __init__(
         self,
@@ -63,12 +107,27 @@ class ZeroEngine:
         build_optimizer: BuildOptimizer,
         ds_config: dict[str, Any],
         compiled: bool = False,
+        layout: Layout | None = None,
+        slices: Slices | None = None,
+        nvme_path: str | None = None,
     ) -> None:
         """`build_model` runs inside `deepspeed.zero.Init` for stage 3, which partitions each module as soon as it
-        exists."""
+        exists. layout, slices: where the model is split over ranks (see `trainer.parallel`). nvme_path: the folder of
+        what is offloaded to a disk."""
+        if nvme_path is not None:
+            _prepare_nvme(nvme_path)
+        self._layout = layout or Layout(distributed.rank(), distributed.world_size())
+        self._slices = slices if slices is not None else {}
+        grid = _Grid(self._layout) if self._layout.shard_group is not None else None
+        distributed.before_leaving(_forget_groups)
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self.ranks_must_step_together = self.stage == 3
-        with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=self.stage == 3):
+        with deepspeed.zero.Init(
+            data_parallel_group=self._layout.shard_group,
+            config_dict_or_path=ds_config,
+            enabled=self.stage == 3,
+            mpu=grid,
+        ):
             self.module = build_model()
         if compiled:
             self.module.compile(dynamic=True)
@@ -76,7 +135,7 @@ class ZeroEngine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=self.module, optimizer=optimizer, config=ds_config, dist_init_required=False
+                model=self.module, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=grid
             )
         self.model: torch.nn.Module = self._engine
         self._base_optimizer: torch.optim.Optimizer = self._optimizer.optimizer
@@ -88,7 +147,7 @@ class ZeroEngine:
         """See the contract."""
         self._engine.set_gradient_accumulation_boundary(last)
         sums = task.loss(self.model, batch)
-        self._engine.backward(sums.objective * (scale * distributed.world_size()), scale_wrt_gas=False)
+        self._engine.backward(sums.objective * (scale * self._layout.shards), scale_wrt_gas=False)
         return sums
 
     def step(self, lr: float, max_norm: float = math.inf) -> float:
@@ -128,7 +187,8 @@ class ZeroEngine:
                 return list(getattr(self._optimizer, attribute))
         raise AssertionError(f"no fp32 partitions in {type(self._optimizer).__name__}")
 
-    def _pieces(self) -> Iterator[_Piece]:
+    def _pieces(self, of: torch.Tensor) -> Iterator[_Piece]:
+        """What stands in the flat tensor `of`."""
         flats = self._flats()
         parameter: Any  # DeepSpeed hangs its own attributes on parameters
         for name, parameter in self.module.named_parameters():
@@ -136,25 +196,29 @@ class ZeroEngine:
                 continue
             if self.stage == 3:
                 group, offset, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-                start = distributed.rank() * parameter.ds_tensor.ds_numel
+                start = self._layout.shard_rank * parameter.ds_tensor.ds_numel
                 numel = max(0, min(size, parameter.ds_numel - start))  # the last partition is padded
-                yield _Piece(name, tuple(parameter.ds_shape), start, flats[group], offset, numel)
+                if flats[group] is of:
+                    yield _Piece(name, tuple(parameter.ds_shape), start, flats[group], offset, numel)
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 where, address = mapping.lp_fragment_address, mapping.hp_fragment_address
                 flat = flats[mapping.param_group_index]
-                yield _Piece(name, tuple(parameter.shape), where.start, flat, address.start, address.numel)
+                if flat is of:
+                    yield _Piece(name, tuple(parameter.shape), where.start, flat, address.start, address.numel)
 
     def fragments(self) -> Iterator[Fragment]:
         """See the contract: exactly what ZeRO left on this rank."""
-        materialise_state(self._base_optimizer, self._flats())
-        for piece in self._pieces():
-            if piece.numel == 0:
-                continue
-            states = [("master", piece.flat), *tensor_states(self._base_optimizer.state[piece.flat])]
-            for key, flat in states:
-                view = flat.detach().narrow(0, piece.offset, piece.numel)
-                yield Fragment(piece.parameter, key, piece.start, piece.shape, view)
+        for group, whole in enumerate(self._flats()):
+            with nvme.in_memory(self._optimizer, group):
+                materialise_state(self._base_optimizer, [whole])
+                states = [("master", whole), *tensor_states(self._base_optimizer.state[whole])]
+                for piece in self._pieces(whole):
+                    own = self._layout.saves(piece.parameter in self._slices)
+                    for key, flat in states if piece.numel else []:
+                        view = flat.detach().narrow(0, piece.offset, piece.numel)
+                        fragment = Fragment(piece.parameter, key, piece.start, piece.shape, view, saved=own)
+                        yield from of_whole(fragment, self._slices)
 
     def scalars(self) -> dict[str, float]:
         """See the contract."""
@@ -169,14 +233,15 @@ class ZeroEngine:
         if self.stage == 3:
             optimizer._partition_all_parameters()  # parameters kept gathered would keep their old values
             for group in range(len(self._flats())):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+                with nvme.in_memory(optimizer, group):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         elif hasattr(optimizer, "update_lp_params"):
             optimizer.update_lp_params()
         else:
             for parts, flat in zip(optimizer.parallel_partitioned_bit16_groups, self._flats(), strict=True):
-                parts[distributed.rank()].data.copy_(flat.data)
+                parts[self._layout.shard_rank].data.copy_(flat.data)
             all_gather_dp_groups(
                 groups_flat=optimizer.bit16_groups_flat,
                 partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,

@@ -27,6 +27,12 @@ from trainer.state import TrainState
 WINDOW = 100
 """Steps whose losses and norms are the usual ones, and over which anomalies are counted."""
 
+LOWEST_SCALE = 1.0
+"""To which DeepSpeed lowers the loss scale of fp16 by halves, and no further."""
+
+ALARM_STEPS = 20
+"""Steps in a row at the lowest loss scale that are told; to come down to it takes 16 overflows."""
+
 ENOUGH = 10
 """Steps without which nothing is usual yet."""
 
@@ -36,13 +42,15 @@ class Update:
     """What became of one step's update; equal on all ranks.
 
     loss: of the global batch per target token; None where nobody looked. anomaly: why there was no update; None: there
-    was one, or fp16 lowers its loss scale, which is no anomaly. threshold: what a spike was above.
+    was one, or fp16 lowers its loss scale, which is no anomaly. threshold: what a spike was above. loss_scale: of fp16,
+    after the step; None in other precisions.
     """
 
     grad_norm: float
     loss: float | None = None
     anomaly: str | None = None
     threshold: float | None = None
+    loss_scale: float | None = None
 
     def __str__(self) -> str:
         above = "" if self.threshold is None else f", above {self.threshold:.4g}"
@@ -64,13 +72,14 @@ def update(
         loss = _global_loss(loss_sum, target_tokens)
     loss_passes = loss is None or passes(loss, max_loss)
     norm = engine.step(lr, max_norm if loss_passes else -math.inf)
-    if loss_passes and (passes(norm, max_norm) or _lowers_its_scale(config, engine, norm)):
-        return Update(norm, loss)
+    scale = engine.scalars()["loss_scale"] if config.precision == Precision.fp16 else None
+    if loss_passes and (passes(norm, max_norm) or _lowers_its_scale(scale, norm)):
+        return Update(norm, loss, loss_scale=scale)
     loss = _global_loss(loss_sum, target_tokens) if loss is None else loss
     if not (math.isfinite(norm) and math.isfinite(loss)):
-        return Update(norm, loss, "not finite")
+        return Update(norm, loss, "not finite", loss_scale=scale)
     kind, threshold = ("gradient spike", max_norm) if loss_passes else ("loss spike", max_loss)
-    return Update(norm, loss, kind, threshold)
+    return Update(norm, loss, kind, threshold, scale)
 
 
 def _limit(factor: float, usual: Sequence[float]) -> float:
@@ -81,19 +90,32 @@ def _global_loss(loss_sum: torch.Tensor, target_tokens: int) -> float:
     return distributed.all_reduce_sum([float(loss_sum)])[0] / max(target_tokens, 1)
 
 
-def _lowers_its_scale(config: Config, engine: Engine, norm: float) -> bool:
+def _lowers_its_scale(scale: float | None, norm: float) -> bool:
     """Whether this is an overflow that fp16 meets with a lower loss scale; at the lowest, it is an anomaly."""
-    return config.precision == Precision.fp16 and not math.isfinite(norm) and engine.scalars()["loss_scale"] > 1
+    return scale is not None and not math.isfinite(norm) and scale > LOWEST_SCALE
 
 
 def remember(guard: GuardConfig, state: TrainState, made: Update) -> TrainState:
     """`state`, the one after the step, with what the next decisions need to know of it."""
+    lowest = made.loss_scale is not None and made.loss_scale <= LOWEST_SCALE
+    state = replace(state, lowest_scale_steps=state.lowest_scale_steps + 1 if lowest else 0)
     if made.anomaly is not None:
         return replace(state, anomalies=(*_recent(guard, state), state.step))
     if guard.spike_factor is None or made.loss is None or not math.isfinite(made.grad_norm):
         return state
     losses, norms = (*state.losses, made.loss), (*state.grad_norms, made.grad_norm)
     return replace(state, losses=losses[-WINDOW:], grad_norms=norms[-WINDOW:])
+
+
+def scale_alarm(state: TrainState) -> str | None:
+    """What to tell where fp16's loss scale has just been at its lowest for too long."""
+    if state.lowest_scale_steps != ALARM_STEPS:
+        return None
+    return (
+        f"precision=fp16: the loss scale has been at its lowest, {LOWEST_SCALE:g}, for {ALARM_STEPS} steps; gradients"
+        " overflow, and small ones are lost. Train under another name=... with precision=bf16, or with a lower"
+        " optimizer.lr."
+    )
 
 
 def _recent(guard: GuardConfig, state: TrainState) -> tuple[int, ...]:

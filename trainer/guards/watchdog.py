@@ -65,6 +65,7 @@ class _Watched:
     world_size: int = 1
     started: float = 0.0  # Unix time
     oom_kills: int = 0
+    launcher: int | None = None  # its process id
     mark: tuple[str, int | None, float] = ("start-up", None, 0.0)  # section, step, since when (monotonic)
     first_step: int | None = None
     directory: RunDirectory | None = None
@@ -107,6 +108,7 @@ def watching(guard: GuardConfig) -> Iterator[None]:
         world_size=distributed.launched_ranks(),
         started=time.time(),
         oom_kills=oom_kills(),
+        launcher=os.getppid() if "RANK" in os.environ else None,
         mark=("start-up", None, time.monotonic()),
     )
     threads = [threading.Thread(target=target, args=(watched,), daemon=True) for target in (_beat, _watch)]
@@ -152,9 +154,12 @@ def _limit(watched: _Watched) -> tuple[str, float | None]:
 
 
 def _watch(watched: _Watched) -> None:
-    """End the process once a section takes too long."""
+    """End the process once a section takes too long, or nobody is there any more to end it."""
     last = resumed = time.monotonic()
     while not watched.over.wait(BEAT_SECONDS / 2):
+        if watched.launcher not in (None, os.getppid()):
+            _within(_REPORT_SECONDS, _report_orphan, watched)
+            os._exit(PeerError.exit_code)
         now = time.monotonic()
         if now - last > _FROZEN_SECONDS:
             resumed = now
@@ -192,6 +197,17 @@ def _report(watched: _Watched, key: str, limit: float) -> None:
     print(f"{prefix}error: {text}", file=sys.stderr, flush=True)
     if told is None and watched.directory is not None and watched.directory.path.is_dir():
         watched.directory.conclude("failed", text, PeerError.exit_code)
+
+
+def _report_orphan(watched: _Watched) -> None:
+    """Say that the launcher is no more. A rank that went on would write into a run that somebody starts again."""
+    text = (
+        f"the launcher (pid {watched.launcher}) has gone, which was to end this rank if another fails. Start it again,"
+        " and it goes on from its newest checkpoint."
+    )
+    if watched.rank == 0 and watched.directory is not None and watched.directory.path.is_dir():
+        watched.directory.conclude("failed", text, PeerError.exit_code)
+    print(f"{f'[rank {watched.rank}] ' if watched.rank else ''}error: {text}", file=sys.stderr, flush=True)
 
 
 def _dump_stacks(watched: _Watched) -> Path | str:

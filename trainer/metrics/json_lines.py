@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_log = logging.getLogger(__name__)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class JsonLines:
-    """Appends objects that have a `step`; each line is on its way to the disk before `write` returns.
+    """Appends objects that have a `step`; each line is on its way to the disk before `write` returns, unless the disk
+    is full: then it waits in memory for a later `write` or `close` to find room.
 
     On opening, lines of steps after `last_step` and a line cut off by a crash are taken away, so that no step stands
     twice. Numbers that are not finite become null: every line is valid JSON.
@@ -20,17 +27,32 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             truncate_after(path, last_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._told = False
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one object."""
+        """Append one object. Raises OSError where the disk fails for another reason than a lack of room."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        self._flush()
 
     def close(self) -> None:
         """Close the file; nothing may be written afterwards."""
+        self._flush()
         self._file.close()
+
+    def _flush(self) -> None:
+        """Write what waits, as far as there is room; a lack of it is told once."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            if not self._told:
+                _log.warning("%s: %s. Its lines wait in memory until there is room.", self._file.name, error.strerror)
+            self._told = True
 
 
 def truncate_after(path: Path, last_step: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import re
 import threading
 import uuid
 from collections.abc import Mapping
@@ -156,7 +157,7 @@ def _netrc_has_key() -> bool:
 def _run_id(directory: Path) -> str:
     """The id of this run's W&B run: read, or made and written before it is used."""
     path = directory / RUN_ID_FILE
-    if path.exists() and (known := path.read_text().strip()):
+    if path.exists() and re.fullmatch(r"[\w-]+", known := path.read_text(errors="replace").strip(), re.ASCII):
         return known
     run_id = uuid.uuid4().hex[:12]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -137,8 +137,12 @@ class SelfAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out: Tensor = self.out(attend(q, k, v, bias, causal, self.dropout if self.training else 0.0, self.scale))
+        out: Tensor = self.out(self.attend(q, k, v, bias, causal))
         return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+        """`attend` with this module's dropout and scale; replaced where heads or positions are split over ranks."""
+        return attend(q, k, v, bias, causal, self.dropout if self.training else 0.0, self.scale)
 
 
 class CrossAttention(nn.Module):
@@ -175,6 +179,9 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         """[B, T, d_model] -> [B, T, d_model]; `keys_values` of this layer, `bias` broadcastable to [B, H, T, S]."""
         q = self.q(x).view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
-        dropout_p = self.dropout if self.training else 0.0
-        out: Tensor = self.out(attend(q, *keys_values, bias, False, dropout_p, self.scale))
+        out: Tensor = self.out(self.attend(q, *keys_values, bias, False))
         return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+        """See `SelfAttention.attend`."""
+        return attend(q, k, v, bias, causal, self.dropout if self.training else 0.0, self.scale)

@@ -19,6 +19,12 @@ class Model(nn.Module):
     max_positions: int | None = None
     packs_rows = False
     """Whether the samples of a packed row (with segment ids) are kept apart."""
+    splits_positions = False
+    """Whether `forward` goes on with `own_positions` of the embedded sequences."""
+
+    def own_positions(self, x: Tensor) -> Tensor:
+        """Of x [B,T,...] the positions this process computes: all; replaced where they are split over ranks."""
+        return x
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Fill every parameter in place, in the order of `named_parameters()`.

@@ -75,6 +75,7 @@ class Decoder(Model):
     """
 
     packs_rows = True
+    splits_positions = True
 
     def __init__(
         self,
@@ -140,14 +141,16 @@ class Decoder(Model):
         ids, mask, segments = batch["input_ids"], batch.get("attention_mask"), batch.get("segment_ids")
         x = self._embed(ids)
         cos, sin = self._rotary(x, ids.shape[1])
-        rotary = cos[: ids.shape[1], None], sin[: ids.shape[1], None]
+        angles = cos[None, : ids.shape[1]], sin[None, : ids.shape[1]]
         bias = None
         if segments is not None:
             at = batch["position_ids"]
-            rotary = cos[at][:, :, None], sin[at][:, :, None]
+            angles = cos[at], sin[at]
             bias = segment_bias(segments, segments, x.dtype, causal=True)
         elif mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
             bias = padding_bias(mask, x.dtype) + causal_bias(ids.shape[1], x.dtype, x.device)
+        x = self.own_positions(x)
+        rotary = self.own_positions(angles[0])[:, :, None], self.own_positions(angles[1])[:, :, None]
         for layer in self.layers:
             x = layer(x, bias=bias, causal=bias is None, rotary=rotary)
         return self._logits(x)

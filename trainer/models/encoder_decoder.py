@@ -125,6 +125,7 @@ class EncoderDecoder(Model):
     """
 
     packs_rows = True
+    splits_positions = True
 
     def __init__(
         self,
@@ -210,6 +211,7 @@ class EncoderDecoder(Model):
             bias = within if bias is None else bias + within
         elif bias is not None:
             bias = bias + causal_bias(x.shape[1], x.dtype, x.device)
+        x = self.own_positions(x)
         for layer in _layers(self.decoder):
             keys_values = layer.keys_values(memory)
             x = layer(x, bias=bias, causal=bias is None, keys_values=keys_values, memory_bias=memory_bias)
@@ -225,6 +227,7 @@ class EncoderDecoder(Model):
             within = segment_bias(segments, segments, x.dtype)
             memory_bias = segment_bias(batch["target_segment_ids"], segments, x.dtype)
         bias = within if bias is None else bias + within
+        x = self.own_positions(x)
         for layer in self.encoder:
             x = layer(x, bias=bias)
         return self._finish(x, self.encoder_norm), memory_bias

@@ -1,0 +1,64 @@
+"""Whether transformers computes with an exported folder what our model computes with the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.errors import CheckpointError, SetupError
+from trainer.export.formats import Format
+
+_TOLERANCE = 1e-4
+"""Of logits in fp32, relative to the largest of them: deep models add up rounding of 1e-7 in every layer."""
+
+
+def compare(model: torch.nn.Module, form: Format, folder: Path, dtype: torch.dtype) -> float:
+    """The largest difference of logits on random ids, relative to the largest logit; both models in fp32.
+
+    model: ours, in fp32, with the weights of the checkpoint, which are rounded to `dtype` here as in the folder.
+    Raises CheckpointError where the folder cannot be loaded or the logits differ, SetupError without transformers.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise SetupError(
+            "Comparing the export needs transformers; install shardwright[hf], or export with compare=false."
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+    architecture = getattr(transformers, form.architecture)
+    theirs, told = architecture.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    wrong = {key: sorted(map(str, names)) for key, names in told.items() if names}
+    if wrong:
+        raise CheckpointError(f"{folder}: {form.architecture} loads it with {wrong}; nothing was exported.")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    batch, inputs = _random_batch(form)
+    with torch.inference_mode():
+        logits, expected = model.eval()(batch), theirs.eval()(**inputs).logits
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    if not difference <= _TOLERANCE:
+        raise CheckpointError(
+            f"{folder}: the logits of {form.architecture} differ from the run's by {difference:.1e} of the largest;"
+            " nothing was exported."
+        )
+    return difference
+
+
+def _random_batch(form: Format, rows: int = 2, length: int = 16) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The same ids for our model and for theirs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids() -> torch.Tensor:
+        return torch.randint(form.config["vocab_size"], (rows, length), generator=generator)
+
+    if not form.config.get("is_encoder_decoder"):
+        one = ids()
+        return {"input_ids": one}, {"input_ids": one}
+    source, target = ids(), ids()
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    return (
+        {"source_ids": source, "source_mask": mask, "decoder_input_ids": target},
+        {"input_ids": source, "attention_mask": mask.long(), "decoder_input_ids": target},
+    )

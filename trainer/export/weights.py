@@ -1,0 +1,77 @@
+"""Weights out of a checkpoint's shards into safetensors files of a bounded size, one of them in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from trainer.checkpoint.load import Reader
+from trainer.errors import CheckpointError
+from trainer.export.formats import Format, Tensor
+
+INDEX = "model.safetensors.index.json"
+
+
+def write_weights(reader: Reader, form: Format, folder: Path, dtype: torch.dtype, max_bytes: int) -> list[Path]:
+    """The files of weights in `folder`, of at most `max_bytes` each (a larger tensor has one for itself).
+
+    Raises CheckpointError where the checkpoint lacks a tensor, or has one that the format does not know.
+    """
+    _check(reader, form)
+    parts = list(_parts(reader, form, dtype.itemsize, max_bytes))
+    single = len(parts) == 1
+    names = [
+        "model.safetensors" if single else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        for number in range(1, len(parts) + 1)
+    ]
+    for name, part in zip(names, parts, strict=True):
+        save_file({one.theirs: _read(reader, one).to(dtype) for one in part}, folder / name, metadata={"format": "pt"})
+    if not single:
+        places = {one.theirs: name for name, part in zip(names, parts, strict=True) for one in part}
+        total = sum(_numel(reader, one) for one in form.tensors) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return [folder / name for name in names]
+
+
+def _check(reader: Reader, form: Format) -> None:
+    there = {parameter for parameter, state in reader.shapes if state == "master"}
+    wanted = {one.ours for one in form.tensors}
+    if there != wanted:
+        lost = [f"the checkpoint lacks {name}" for name in sorted(wanted - there)]
+        lost += [f"{form.architecture} has no place for {name}" for name in sorted(there - wanted)]
+        raise CheckpointError(f"The checkpoint is not of this model: {'; '.join(lost[:5])}.")
+
+
+def _parts(reader: Reader, form: Format, item_size: int, max_bytes: int) -> Iterator[list[Tensor]]:
+    """The tensors of each file."""
+    part: list[Tensor] = []
+    size = 0
+    for one in form.tensors:
+        num_bytes = _numel(reader, one) * item_size
+        if part and size + num_bytes > max_bytes:
+            yield part
+            part, size = [], 0
+        part.append(one)
+        size += num_bytes
+    yield part
+
+
+def _shape(reader: Reader, one: Tensor) -> torch.Size:
+    rows, *rest = reader.shapes[one.ours, "master"]
+    return torch.Size((min(rows, one.end or rows) - one.begin, *rest))
+
+
+def _numel(reader: Reader, one: Tensor) -> int:
+    return _shape(reader, one).numel()
+
+
+def _read(reader: Reader, one: Tensor) -> torch.Tensor:
+    shape = _shape(reader, one)
+    values = torch.empty(shape.numel())
+    reader.read_into(one.ours, "master", one.begin * shape[1:].numel(), values)
+    return values.view(shape)

@@ -1,0 +1,89 @@
+"""Values that have the right types and cannot be, alone or together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_LEAST = {
+    **dict.fromkeys(("seed", "eval.every", "checkpoint.every", "engine.stage", "guard.max_anomalies"), 0),
+    **dict.fromkeys(("steps", "log.every", "eval.max_samples", "stop.tokens", "stop.patience", "checkpoint.keep"), 1),
+    **dict.fromkeys(("checkpoint.keep_every", "guard.spike_factor"), 1),
+    **dict.fromkeys(("engine.sequence_parallel", "engine.tensor_parallel"), 1),
+    **dict.fromkeys(("batch.global_size", "batch.micro_size", "batch.micro_tokens"), 1),
+}
+_TIME_OUTS = ("guard.start_seconds", "guard.step_seconds")
+_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes", "checkpoint.minutes", *_TIME_OUTS)
+
+
+def is_run_name(name: str) -> bool:
+    """Whether `name` names a folder below the runs folder, and no other place."""
+    return all(re.fullmatch(r"[\w.,=+@-]{1,200}", folder) and folder.strip(".") for folder in name.split("/"))
+
+
+def impossible(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with well-typed `values` (by dotted key), a sentence or two each; [] where they can be."""
+    problems = [
+        f"{key}={values[key]} is below the least possible value, {least}."
+        for key, least in _LEAST.items()
+        if values.get(key) is not None and values[key] < least
+    ]
+    problems += [
+        f"{key}={values[key]:g} is not above 0; null switches it off."
+        for key in _ABOVE_ZERO
+        if values.get(key) is not None and not 0 < values[key] < float("inf")
+    ]
+    name, stage, kind = values.get("name", "run"), values.get("engine.stage", 0), values.get("engine.kind")
+    if not is_run_name(name):
+        problems.append(
+            f"name={name!r} must be a folder name (or a/b) of letters, digits and any of . _ - , = + @ without '..'."
+        )
+    if stage > 3 or (kind == "plain" and stage > 0):
+        problems.append(
+            f"engine.stage={stage} does not go with engine.kind={kind}; choose engine=plain, zero1, zero2 or zero3."
+        )
+    problems += _of_memory(values, stage)
+    if values.get("schedule.unit") == "tokens" and values.get("stop.tokens") is None:
+        problems.append("schedule.unit=tokens needs the number of tokens at the run's end; set stop.tokens.")
+    if values.get("stop.patience") is not None and values.get("eval.every") == 0:
+        problems.append(
+            f"stop.patience={values['stop.patience']} counts evaluations, and eval.every=0 makes none; set eval.every."
+        )
+    return problems
+
+
+def _of_memory(values: Mapping[str, Any], stage: int) -> list[str]:
+    """Of the keys that trade memory for time."""
+    problems = []
+    for states, least in (("optimizer", 1), ("parameters", 3)):
+        where = values.get(f"engine.offload_{states}", "none")
+        least = 3 if where == "nvme" else least
+        if where != "none" and stage < least:
+            problems.append(
+                f"engine.offload_{states}={where} needs ZeRO stage {least} or higher, and engine.stage={stage};"
+                f" choose engine=zero3_offload, or engine.offload_{states}=none."
+            )
+    if values.get("engine.offload_optimizer") == "nvme" and values.get("engine.nvme_path") is None:
+        problems.append(
+            "engine.offload_optimizer=nvme needs a folder to keep them in; set engine.nvme_path to one on a fast local"
+            " disk."
+        )
+    if values.get("engine.offload_parameters") == "nvme":
+        problems.append(
+            "engine.offload_parameters=nvme is not supported, only masters and optimizer states live on a disk;"
+            " use engine.offload_parameters=cpu."
+        )
+    for key in ("engine.sequence_parallel", "engine.tensor_parallel"):
+        if values.get("engine.compile") and values.get(key, 1) > 1:
+            problems.append(
+                f"{key}={values[key]} does not go with engine.compile=true: its collectives are not compiled;"
+                f" set {key}=1 or engine.compile=false."
+            )
+    for key in ("engine.recompute", "engine.offload_activations"):
+        if values.get("engine.compile") and values.get(key, "none") != "none":
+            problems.append(
+                f"{key}={values[key]} does not go with engine.compile=true, which decides for itself what to recompute;"
+                f" set {key}=none or engine.compile=false."
+            )
+    return problems

@@ -1,0 +1,95 @@
+"""Which ranks hold what: the whole job as data x sequence x tensor parallel ranks, tensor parallel ones next to each
+other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from trainer import distributed
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """This rank's place. data, sequence, tensor: how many ranks there are of each kind.
+
+    shard_group: the ranks that hold the same part of the model's matrices, data x sequence of them; gradients are
+    summed over it and ZeRO shards over it. sequence_group, tensor_group: the ranks among which one sequence, or one
+    matrix, is split. None stands for a group of all ranks or of this one alone.
+    """
+
+    rank: int = 0
+    data: int = 1
+    sequence: int = 1
+    tensor: int = 1
+    shard_group: dist.ProcessGroup | None = None
+    sequence_group: dist.ProcessGroup | None = None
+    tensor_group: dist.ProcessGroup | None = None
+
+    @property
+    def tensor_rank(self) -> int:
+        """Which part of the matrices this rank holds."""
+        return self.rank % self.tensor
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of the positions of a sequence this rank holds."""
+        return self.rank // self.tensor % self.sequence
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the global batch this rank trains on."""
+        return self.rank // (self.tensor * self.sequence)
+
+    @property
+    def shard_rank(self) -> int:
+        """This rank's place in `shard_group`."""
+        return self.rank // self.tensor
+
+    @property
+    def shards(self) -> int:
+        """Ranks in `shard_group`."""
+        return self.data * self.sequence
+
+    def saves(self, is_split: bool) -> bool:
+        """Whether this rank, of its tensor parallel ones, saves a parameter: all their parts, the first a whole one."""
+        return is_split or self.tensor_rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank tells what was in its samples, which sequence x tensor ranks share."""
+        return self.rank % (self.tensor * self.sequence) == 0
+
+
+def make_layout(sequence: int, tensor: int) -> Layout:
+    """The layout of the running job; all ranks call it together, for it makes process groups.
+
+    `sequence` x `tensor` must divide the number of ranks.
+    """
+    rank, ranks = distributed.rank(), distributed.world_size()
+    assert ranks % (sequence * tensor) == 0, f"{sequence} x {tensor} do not divide {ranks}"
+    if sequence * tensor == 1:
+        return Layout(rank, ranks)
+    every = range(ranks)
+    return Layout(
+        rank,
+        ranks // (sequence * tensor),
+        sequence,
+        tensor,
+        shard_group=_group([[one for one in every if one % tensor == part] for part in range(tensor)]),
+        sequence_group=_group(
+            [
+                [one for one in every if one % tensor == part and one // (tensor * sequence) == data]
+                for data in range(ranks // (sequence * tensor))
+                for part in range(tensor)
+            ]
+        ),
+        tensor_group=_group([list(range(begin, begin + tensor)) for begin in range(0, ranks, tensor)]),
+    )
+
+
+def _group(groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """This rank's of the `groups`."""
+    own, _ = dist.new_subgroups_by_enumeration(groups)  # type: ignore[no-untyped-call]
+    return own  # type: ignore[no-any-return]
