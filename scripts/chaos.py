@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -139,17 +140,16 @@ class Campaign:
         damaged: str | None = None
         try:
             while job is None or not job.finished:
-                shooting = len(self.rounds) < self.most_rounds
                 fresh = job is None or not job.alive
-                kind = self._draw(kinds, fresh) if shooting else ""
+                kind = self._draw(kinds, fresh) if len(self.rounds) < self.most_rounds else ""
                 if fresh:
                     wanted = expected_step(run, damaged)
                     job = self._start(run, kind)
                 early = fresh and kind in AT_ANY_MOMENT and self.rng.random() < 0.2
                 if early:
                     time.sleep(self.rng.uniform(0.2, EARLY_SECONDS))
-                elif not job.wait_for_step(job.step + self.rng.randint(1, 7) if shooting else 10**9) or not shooting:
-                    self._check_end(job, wanted if fresh else None)
+                elif not kind or not job.wait_for_step(job.step + self.rng.randint(1, 7)):
+                    self._let_end(job)
                     continue
                 if fresh and job.first_step not in (None, wanted):
                     raise Failure(f"it went on from step {job.first_step}, not {wanted}:\n{job.told[:3000]}")
@@ -179,7 +179,7 @@ class Campaign:
         self.starts += 1
         return self.place.start(run, self.shape(), self.dropout, self.starts, kind)
 
-    def _check_end(self, job: Job, wanted: int | None) -> None:
+    def _let_end(self, job: Job) -> None:
         job.wait_for_end()
         if not job.finished:
             raise Failure(f"it ended by itself at step {job.step}, {job.status()}:\n{job.told[-3000:]}")
@@ -218,6 +218,7 @@ def main() -> int:
     if unknown := set(kinds) - set(FAULTS):
         parser.error(f"--kinds: {', '.join(sorted(unknown))} is none of {', '.join(FAULTS)}")
     folder = (options.out or Path(tempfile.mkdtemp(prefix="chaos_"))).absolute()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # no job and no disk is left behind
     os.environ["NETRC"] = str(folder / "netrc")  # no key of the user's
     tally = shoot(options.rounds, options.seed, folder, kinds)
     print(tally)

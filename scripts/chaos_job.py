@@ -29,7 +29,7 @@ MARK = "SHARDWRIGHT_CHAOS"
 STARTED = "run directory "
 """What a run tells once in each start, before its first step."""
 
-DEADLINE_SECONDS = 150.0
+DEADLINE_SECONDS = 500.0
 STEPS = 40
 LANES = 12
 
@@ -39,7 +39,7 @@ WORDS = (
     *("task.max_source_length=200", "task.max_target_length=200", "batch.global_size=12", "schedule.warmup=5"),
     *("data.validation=null", "data.test=null", f"data.lanes={LANES}", "data.block=8", "data.trace=true"),
     *("data.retry_seconds=3", "log.every=1", "eval.every=0", "eval.final_split=none", f"steps={STEPS}"),
-    *("checkpoint.every=3", "checkpoint.keep=3", "guard.start_seconds=120", "guard.step_seconds=12"),
+    *("checkpoint.every=3", "checkpoint.keep=3", "guard.start_seconds=400", "guard.step_seconds=30"),
 )
 
 

@@ -244,6 +244,7 @@ def _learn(
         )
         loss_sum += sums.objective.detach() / training.layout.tensor
     watchdog.section("step", state.step + 1)
+    training.checkpointer.settle()
     return loss_sum, anomalies.update(training.engine, training.config, state, lr, loss_sum, totals.target_tokens)
 
 

@@ -60,7 +60,7 @@ def measure(ranks: int, steps: int, words: Sequence[str]) -> dict[str, float]:
             "resume_seconds": again[steps + 1] - again[0],
             "files": len(others),
             "log_bytes": sum(path.stat().st_size for path in others),
-            "checkpoint_files": len([path for path in every if f"step_{steps:08d}" in path.parts]),
+            "checkpoint_files": len([path for path in every if f"step_{steps + 1:08d}" in path.parts]),
         }
 
 

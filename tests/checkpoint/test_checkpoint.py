@@ -31,7 +31,7 @@ class OneMatrix:
 
     value: torch.Tensor
     shape: tuple[int, ...] = (4, 3)
-    replicated = True
+    fragments_stay = True
     loaded: dict[str, float] | None = None
 
     def fragments(self):
@@ -52,6 +52,23 @@ def save_steps(root, *steps):
         checkpointer = Checkpointer(root, engine, {"world_size": 1}, CheckpointConfig(keep=9), lambda *_: None)
         checkpointer.save(TrainState(step=step, tokens=10 * step), {0: {"turn": step}})
         checkpointer.require()
+
+
+@pytest.mark.parametrize("stay", [True, False])
+def test_what_is_saved_is_the_step_and_not_the_next_one(tmp_path, stay):
+    """The copy is made beside the next forward pass; the update after `settle` changes nothing of it."""
+    engine = OneMatrix(torch.full((4_000_000, 3), 5.0), shape=(4_000_000, 3))
+    engine.fragments_stay = stay
+    checkpointer, _ = checkpointer_of(tmp_path, engine)
+    for step in (1, 2, 3):
+        engine.value.fill_(step)
+        checkpointer.save(TrainState(step=step), {})
+        checkpointer.settle()
+        engine.value.fill_(-1.0)
+        checkpointer.require()
+        with Reader(newest(tmp_path)) as reader:
+            (_, values) = next(reader.whole())
+        assert bool((values == step).all())
 
 
 def test_what_was_saved_comes_back(tmp_path):

@@ -23,7 +23,7 @@ from tests.test_training import curve, rows
 from trainer.checkpoint.copies import begin, make_copier
 from trainer.checkpoint.load import newest, read
 from trainer.checkpoint.remote import RemoteRun
-from trainer.checkpoint.save import Checkpointer, point
+from trainer.checkpoint.save import Checkpointer
 from trainer.config import Config, config_to_dict, to_config
 from trainer.errors import CheckpointError, ConfigError, SetupError
 from trainer.run_directory import RunDirectory
@@ -299,8 +299,9 @@ def test_another_save_of_the_same_step_replaces_the_copy(tmp_path):
     first = (tmp_path / "backup/run/checkpoints/step_00000002/manifest.json").read_bytes()
     shutil.rmtree(directory.checkpoints / "step_00000002")
     engine = OneMatrix(torch.full((4, 3), 9.0))
-    Checkpointer(directory.checkpoints, engine, {}, config.checkpoint, lambda *_: None).save(TrainState(step=2), {})
-    point(directory.checkpoints, "latest", "step_00000002")
+    checkpointer = Checkpointer(directory.checkpoints, engine, {}, config.checkpoint, lambda *_: None)
+    checkpointer.save(TrainState(step=2), {})
+    checkpointer.finish()
     copier = make_copier(config, directory)
     while copier.wait(1.0) is not None:
         pass

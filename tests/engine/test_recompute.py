@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from bench.recompute import LiveBytes
 
 from tests.conftest import ROOT, launch_command, run_command
 from trainer.build import build
@@ -56,29 +54,6 @@ def test_loss_and_gradients_are_the_same_to_the_last_bit(kind, recompute, offloa
     assert torch.equal(loss, again)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, same[name]), name
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations made and that still exist, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        made = operation(*arguments, **(options or {}))
-        for tensor in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.seen:
-                storage = tensor.untyped_storage()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                gone = weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-                self.seen[storage._cdata] = gone
-        return made
-
-    def _gone(self, storage, num_bytes):
-        self.now -= num_bytes
-        del self.seen[storage]
 
 
 @pytest.mark.parametrize("kind", [EncoderDecoder, Decoder])

@@ -1,7 +1,8 @@
 """Write a checkpoint so that it is whole or absent, while training goes on.
 
-Saving has three parts. The *snapshot* copies this rank's fragments (the only part that training waits for), the *write*
-brings them to the disk in a thread, and the *commit*, when every rank has written, adds the manifest and renames.
+Saving has three parts. The *snapshot* copies this rank's fragments: in a thread, beside the forward and backward pass
+that follow, for no more than the next update changes them, which waits for it. The *write* brings the copies to the
+disk in the same thread, and the *commit*, when every rank has written, adds the manifest and renames.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _NICENESS = 10
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """A rank's part of the run as it stood after a step; `tensors`: copies, by their keys in the file, or stand-ins on
-    the meta device for what training leaves alone until it is written."""
+    """A rank's part of the run as it stood after a step; `tensors`: by their keys in the file, copies or what is still
+    to be copied, or stand-ins on the meta device for what training leaves alone until it is written."""
 
     state: TrainState
     lanes: Mapping[int, Any]
@@ -85,6 +86,8 @@ class Checkpointer:
         """The last that was to be saved."""
         self._snapshot: _Snapshot | None = None
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._best = False
         self.failure: str | None = None
         """Why the last commit gave no checkpoint."""
@@ -111,13 +114,18 @@ class Checkpointer:
                 self._conclude(state.step, [problem])
                 return
             self._best = best
-            self._snapshot = _take_snapshot(self._engine, state, lanes, copies=self.checkpoint.asynchronous)
+            self._snapshot = _take_snapshot(self._engine, state, lanes, self.checkpoint.asynchronous)
+            self._copied.clear()
             self._thread = threading.Thread(target=self._write, args=(self._snapshot,), name="checkpoint")
             self._thread.start()
             if not self.checkpoint.asynchronous:
                 self.finish()
         elif best:  # the same step of the same run: whole, so nothing to add
             distributed.on_rank_zero(lambda: point(self._root, "best", final.name))
+
+    def settle(self) -> None:
+        """Wait until the next update may change what is saved; before every update."""
+        self._copied.wait()
 
     def commit(self) -> None:
         """Make the checkpoint that every rank has written valid. One that failed is told, and the run goes on."""
@@ -185,11 +193,12 @@ class Checkpointer:
 
     def _write(self, snapshot: _Snapshot) -> None:
         """In the thread: this rank's file."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         path = self._partial(snapshot.state.step) / f"shard_{distributed.rank():05d}.safetensors"
         try:
             if self.checkpoint.asynchronous:
-                save_file(dict(snapshot.tensors), path, metadata=dict(snapshot.metadata))
+                copies = self._copies(snapshot)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+                save_file(copies, path, metadata=dict(snapshot.metadata))
             else:
                 sizes = {key: tensor.numel() for key, tensor in snapshot.tensors.items()}
                 pieces = ((key, fragment.tensor) for key, fragment in _saved(self._engine))
@@ -199,6 +208,14 @@ class Checkpointer:
             self._shard = _Shard(path.name, path.stat().st_size, _sha256(path), snapshot.shapes, snapshot.lanes)
         except Exception as error:  # a full disk must not end the run; the commit tells
             self._shard = _Shard("", 0, "", {}, {}, failure=str(error) or type(error).__name__)
+
+    def _copies(self, snapshot: _Snapshot) -> dict[str, torch.Tensor]:
+        try:
+            if not self._engine.fragments_stay:
+                return dict(snapshot.tensors)
+            return {key: _copy(tensor) for key, tensor in snapshot.tensors.items()}
+        finally:
+            self._copied.set()
 
     def _publish(self, snapshot: _Snapshot, shards: list[_Shard]) -> list[str]:
         """On rank 0: state, manifest, rename, pointers, and what need not be kept; returns what went wrong."""
@@ -225,11 +242,19 @@ def _saved(engine: Engine) -> Iterator[tuple[str, Fragment]]:
             yield SEPARATOR.join((fragment.parameter, fragment.key, str(fragment.start), *columns)), fragment
 
 
-def _take_snapshot(engine: Engine, state: TrainState, lanes: Mapping[int, Any], copies: bool) -> _Snapshot:
-    """The fragments that this rank saves: `copies` of them, or no more than their sizes."""
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _take_snapshot(engine: Engine, state: TrainState, lanes: Mapping[int, Any], asynchronous: bool) -> _Snapshot:
+    """The fragments that this rank saves, copied if they do not stay until the thread has; or no more than their sizes,
+    if training waits for the write."""
     tensors, shapes, metadata = {}, {}, {}
     for key, fragment in _saved(engine):
-        tensors[key] = fragment.tensor.detach().to("cpu" if copies else "meta", copy=True).contiguous()
+        if not asynchronous:
+            tensors[key] = fragment.tensor.to("meta")
+        else:
+            tensors[key] = fragment.tensor if engine.fragments_stay else _copy(fragment.tensor)
         metadata[f"{fragment.parameter}{SEPARATOR}{fragment.key}"] = json.dumps(fragment.shape)
         if fragment.key == "master":
             shapes[fragment.parameter] = list(fragment.shape)

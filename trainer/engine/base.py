@@ -52,6 +52,9 @@ class Engine(Protocol):
     model: torch.nn.Module
     """What tasks call: runs `forward` with the engine's hooks."""
 
+    fragments_stay: bool
+    """True when what `fragments` gives stays where it is, and as it is until the next `step`."""
+
     ranks_must_step_together: bool
     """True when `forward` is a collective (ZeRO-3): every rank must run the same number of forward passes."""
 

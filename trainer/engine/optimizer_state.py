@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy
 import torch
 
 
@@ -29,13 +30,20 @@ def materialise_state(optimizer: torch.optim.Optimizer, parameters: list[torch.T
         group["params"], group["lr"] = [], 0.0
     optimizer.param_groups[0]["params"] = missing
     for parameter in missing:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = _zeros_like(parameter)
     optimizer.step()
     for parameter, grad in zip(missing, saved_grads, strict=True):
         parameter.grad = grad
         set_step(optimizer, parameter, 0.0)
     for group, (params, lr) in zip(optimizer.param_groups, saved_groups, strict=True):
         group["params"], group["lr"] = params, lr
+
+
+def _zeros_like(parameter: torch.Tensor) -> torch.Tensor:
+    """Zeros to be read only: on a CPU, pages of them take no memory until they are written to."""
+    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        return torch.zeros_like(parameter)
+    return torch.from_numpy(numpy.zeros(tuple(parameter.shape), dtype=numpy.float32))
 
 
 def get_step(optimizer: torch.optim.Optimizer) -> float:

@@ -38,6 +38,7 @@ _ALIGNMENT = 64  # elements; every parameter begins on a cache line, as in its o
 class PlainEngine:
     """See `trainer.engine.base.Engine`. `module` must be in fp32; it is converted to `dtype` here."""
 
+    fragments_stay = True
     ranks_must_step_together = False
 
     def __init__(

@@ -59,8 +59,9 @@ class _Piece:
 
 def _forget_groups() -> None:
     """DeepSpeed keeps process groups in globals, where the next job of a sweep would find those of this one."""
-    deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
+    if deepspeed.comm.comm.cdb is not None:  # each engine of the job asks for it
+        deepspeed.comm.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
 
 
 class _Grid:
@@ -86,6 +87,21 @@ class _Grid:
 
     def get_model_parallel_world_size(self) -> int:
         return self._layout.tensor
+
+
+def _keep_while_recomputing(coordinator: Any) -> None:
+    """Let the parameters of a layer that the backward pass computes again stay until their gradients are there.
+
+    ZeRO-3's hooks would give them back after the repeated forward pass, before autograd compares gradients with them.
+    """
+    release = coordinator.release_sub_module
+
+    def release_after_use(module: torch.nn.Module, forward: bool = False) -> None:
+        recomputing = forward and torch._C._current_graph_task_id() != -1  # a forward pass within a backward pass
+        if not recomputing:
+            release(module, forward)
+
+    coordinator.release_sub_module = release_after_use
 
 
 def _prepare_nvme(path: str) -> None:
@@ -122,6 +138,7 @@ class ZeroEngine:
         distributed.before_leaving(_forget_groups)
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self.ranks_must_step_together = self.stage == 3
+        self.fragments_stay = nvme_path is None  # on a disk, they are in memory while they are asked for
         with deepspeed.zero.Init(
             data_parallel_group=self._layout.shard_group,
             config_dict_or_path=ds_config,
@@ -137,6 +154,8 @@ class ZeroEngine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=grid
             )
+        if self.stage == 3:
+            _keep_while_recomputing(self._optimizer.parameter_offload.get_param_coordinator())
         self.model: torch.nn.Module = self._engine
         self._base_optimizer: torch.optim.Optimizer = self._optimizer.optimizer
         self.skipped_steps = 0
