@@ -60,7 +60,7 @@ def kill_rank(target: Target) -> None:
     starts = job.starts
     send(target.rng.choice(ranks), signal.SIGKILL)
     if not job.shape.restarts:
-        return target.expect("failed", HANGS, "lost a peer" if len(ranks) > 1 else "")
+        return target.expect("failed", HANGS, "lost a peer") if len(ranks) > 1 else job.wait_for_end()
     job.wait_for(lambda: job.starts > starts and "\nstep " in job.told.rpartition(STARTED)[2], "a step after a restart")
     if not job.alive and not job.finished:
         raise Failure(f"the launcher did not start the job again: {job.status()}")

@@ -127,6 +127,16 @@ def test_foreign_code_runs_only_when_allowed(outside: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "target",
+    ["trainer.checkpoint.save.prune", "trainer.restore.Path", "trainer.main.run", "torch.optim.lr_scheduler.Any"],
+)
+def test_only_classes_of_ours_are_parts(target: str) -> None:
+    """Neither what a module of ours has imported, nor functions that do something at once."""
+    with pytest.raises(ConfigError, match="is no part of a run"):
+        check_parts(config_with(model={"_target_": target}))
+
+
+@pytest.mark.parametrize(
     ("data", "message"),
     [
         ({"stages": [{"_target_": "os.system", "command": "ls"}]}, r"data\.stages\.0\._target_=os\.system is code"),

@@ -163,6 +163,8 @@ def _resolve(target: str, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{place}: there is no {name} in {path}{suggestion}")
     if not callable(found):
         raise ConfigError(f"{place} is of type {type(found).__name__}; it must be a class or a function.")
+    if target.startswith(PREFIXES) and not (inspect.isclass(found) and f"{found.__module__}.".startswith(PREFIXES)):
+        raise ConfigError(f"{place} is no part of a run: parts in {' and '.join(PREFIXES)} are classes of their own.")
     built: Callable[..., Any] = found
     return built
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,10 +44,14 @@ class FoundRun:
     tokenizer: Tokenizer | None
 
 
-def find_run(name: str, runs_dir: str = "runs", checkpoint: str = "latest") -> FoundRun:
+def find_run(
+    name: str, runs_dir: str = "runs", checkpoint: str = "latest", allow_targets: Sequence[str] = ()
+) -> FoundRun:
     """The run `name`; checkpoint: "latest", "best" or a step.
 
-    Raises ConfigError for a name that leads out of `runs_dir`, CheckpointError when there is no such run or checkpoint.
+    allow_targets: as in the configuration, and instead of the run's own: a run may come from somebody else. Raises
+    ConfigError for a name that leads out of `runs_dir` and for other targets, CheckpointError when there is no such run
+    or checkpoint.
     """
     if not is_run_name(name):
         raise ConfigError(f"run={name!r} is no name of a run; give its folder below runs_dir={runs_dir}.")
@@ -55,7 +60,7 @@ def find_run(name: str, runs_dir: str = "runs", checkpoint: str = "latest") -> F
         existing = ", ".join(sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))) or "none"
         raise CheckpointError(f"run={name}: there is no {directory.config}; runs in {runs_dir}: {existing}.")
     config = config_from_yaml(directory.config)
-    check_parts(config)
+    check_parts(replace(config, allow_targets=[one.strip("[] ") for one in allow_targets]))
     found = find(directory.checkpoints, checkpoint)
     return FoundRun(config, directory, found, None if config.tokenizer is None else directory.read_tokenizer())
 
@@ -81,9 +86,11 @@ def load_model(run: FoundRun) -> torch.nn.Module:
     return model
 
 
-def restore_run(name: str, runs_dir: str = "runs", checkpoint: str = "latest") -> RestoredRun:
-    """Rebuild the run `name` from its directory. Raises what `find_run` and `load_model` raise."""
-    run = find_run(name, runs_dir, checkpoint)
+def restore_run(
+    name: str, runs_dir: str = "runs", checkpoint: str = "latest", allow_targets: Sequence[str] = ()
+) -> RestoredRun:
+    """Rebuild the run `name` from its directory. Arguments, and what is raised: see `find_run` and `load_model`."""
+    run = find_run(name, runs_dir, checkpoint, allow_targets)
     config, tokenizer = run.config, run.tokenizer
     model = load_model(run).to(distributed.device(), DTYPES[config.precision]).eval()
     task = make_task(config, tokenizer)

@@ -5,9 +5,10 @@
 A tiny encoder-decoder takes `steps` steps on n ranks under torchrun, saves, and goes on for one more step in a second
 start. Printed for each n: seconds from the command to the first step, of the steps after it, from the last step to a
 valid checkpoint, from the second command to its first step; files and bytes in the run directory without checkpoints,
-and files of the checkpoint. Then for each of them e in ranks^e, fitted over all n, and between the last two. Ranks
-share the cores, so time that each rank spends by itself makes e = 1 where there are more ranks than cores; exit code 1
-where a file count or the bytes grow faster than that, or a time by more than a tenth faster. 32 ranks need 12 GB.
+the most resident memory of any rank, files of the checkpoint. Then for each of them e in ranks^e, fitted over all n,
+and between the last two. Ranks share the cores, so time that each rank spends by itself makes e = 1 where there are
+more ranks than cores; exit code 1 where files, bytes or memory grow faster than that, or a time by more than a tenth
+faster. A rank takes 0.4 to 0.7 GB: see to it that there is room.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def measure(ranks: int, steps: int, words: Sequence[str]) -> dict[str, float]:
             "resume_seconds": again[steps + 1] - again[0],
             "files": len(others),
             "log_bytes": sum(path.stat().st_size for path in others),
+            "peak_bytes": max(json.loads(line).get("memory_bytes", 0) for line in (run / "metrics.jsonl").open()),
             "checkpoint_files": len([path for path in every if f"step_{steps + 1:08d}" in path.parts]),
         }
 

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from tests.checkpoint.test_checkpoint import OneMatrix, save_steps
 from tests.test_training import rows
 from trainer.checkpoint.load import Reader, find, load, newest, read
-from trainer.config import config_from_yaml
+from trainer.composition import compose
+from trainer.config import config_from_yaml, config_to_dict, to_config
 from trainer.errors import CheckpointError, ConfigError
 from trainer.restore import restore_run
 from trainer.run_directory import RunDirectory
@@ -249,6 +250,19 @@ def test_a_checkpoint_asked_for_by_another_place(folder, which):
 def test_a_run_asked_for_by_another_place(tmp_path, name):
     with pytest.raises(ConfigError, match="is no name of a run"):
         restore_run(name, str(tmp_path))
+
+
+def test_code_that_a_run_allows_itself_is_not_built(tmp_path):
+    """The list that counts is the one of the command line that uses the run."""
+    config = config_to_dict(to_config(compose(["experiment=quickstart"])))
+    config |= {"model": {"_target_": "os.system", "command": f"touch {tmp_path}/executed"}, "allow_targets": ["os."]}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"model\._target_=os\.system is code outside"):
+        restore_run("run", str(tmp_path))
+    with pytest.raises(CheckpointError, match="does not exist"):  # the next thing that is looked for
+        restore_run("run", str(tmp_path), allow_targets=["[os.]"])
+    assert not (tmp_path / "executed").exists()
 
 
 def test_pickles_in_place_of_what_a_run_is_made_of(tmp_path, bombs):

@@ -116,18 +116,18 @@ def test_a_run_whose_disk_is_lost_goes_on_from_its_newest_whole_copy(run_trainer
 
 @pytest.mark.timeout(120)
 def test_a_store_that_goes_down_never_stops_training_and_the_next_start_makes_up_for_it(run_trainer, store):
-    words = [*TINY, "steps=2000", "checkpoint.every=500", "log.every=100"]
+    words = [*TINY, "steps=800", "checkpoint.every=200", "log.every=40"]
     store.server.last = "/manifest.json"
     done = run_trainer(words, env=store.env).check()
-    assert steps(store) == [500] and newest(done.runs_dir / "run" / "checkpoints").state.step == 2000
+    assert steps(store) == [200] and newest(done.runs_dir / "run" / "checkpoints").state.step == 800
     assert len(curve(done.runs_dir, "run")) == 21
     events = [row["event"] for row in rows(done.runs_dir, "run") if "event" in row]
-    assert any("step_00002000 was not copied to s3://bucket/runs/run: HTTP 503" in event for event in events), events
+    assert any("step_00000800 was not copied to s3://bucket/runs/run: HTTP 503" in event for event in events), events
     status = json.loads((done.runs_dir / "run" / "status.json").read_text())
     assert status["state"] == "finished" and "secret" not in done.output
     store.server.last, store.server.always = "", None
     run_trainer(words, env=store.env).check()
-    assert steps(store) == [1500, 2000]
+    assert steps(store) == [600, 800]
 
 
 def config_of(tmp_path: Path, remote: str | None = None, **changes) -> Config:

@@ -10,8 +10,9 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,8 +24,9 @@ from trainer.export.compare import compare
 from trainer.export.formats import Format, format_of
 from trainer.export.sealed import identity_from, seal, unseal
 from trainer.export.weights import write_weights
-from trainer.parts import DTYPES
-from trainer.restore import FoundRun, find_run, load_model
+
+if TYPE_CHECKING:
+    from trainer.restore import FoundRun
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ExportOptions:
     run: str | None = None
     runs_dir: str = "runs"
     checkpoint: str = "latest"
+    allow_targets: list[str] = field(default_factory=list)
     dtype: str = "bf16"
     max_shard_gb: float = 5.0
     compare: bool = True
@@ -78,8 +81,11 @@ def _decrypt(options: ExportOptions, folder: Path) -> str:
 def _write(options: ExportOptions, folder: Path) -> str:
     if options.dtype not in Precision.__members__:
         raise ConfigError(f"dtype={options.dtype} is not one of {', '.join(Precision)}.")
+    from trainer.parts import DTYPES
+    from trainer.restore import find_run, load_model
+
     identity = identity_from(options.key_file) if options.encrypt else None
-    found = find_run(str(options.run), options.runs_dir, options.checkpoint)
+    found = find_run(str(options.run), options.runs_dir, options.checkpoint, options.allow_targets)
     form, dtype = format_of(found.config.model, found.tokenizer), DTYPES[Precision(options.dtype)]
     with Reader(found.checkpoint) as reader:
         files = write_weights(reader, form, folder, dtype, int(options.max_shard_gb * 1e9))
