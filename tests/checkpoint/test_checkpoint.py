@@ -71,6 +71,14 @@ def test_what_is_saved_is_the_step_and_not_the_next_one(tmp_path, stay):
         assert bool((values == step).all())
 
 
+def test_the_latest_is_found_after_a_damaged_one_was_set_aside(tmp_path):
+    save_steps(tmp_path, 3, 5)
+    shard = tmp_path / "step_00000005" / "shard_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    set_aside(tmp_path, 3)
+    assert find(tmp_path, "latest").state.step == 3
+
+
 def test_what_was_saved_comes_back(tmp_path):
     save_steps(tmp_path, 3)
     checkpoint = newest(tmp_path)
@@ -194,6 +202,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_step_it
     engine = OneMatrix(torch.full((4, 3), 1.0))
     checkpointer, told = checkpointer_of(tmp_path, engine)
     checkpointer.save(TrainState(step=1), {0: {"turn": 1}})
+    checkpointer.settle()
     engine.value.fill_(2.0)  # the next step
     assert not checkpointer.written and newest(tmp_path) is None and not told
     held.set()

@@ -96,7 +96,7 @@ def steps(store: SimpleNamespace) -> list[int]:
     return sorted(int(name.removeprefix("step_")) for name in found)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_run_whose_disk_is_lost_goes_on_from_its_newest_whole_copy(run_trainer, store):
     """The copy of step 8 has no manifest, as of an upload that was cut short; the run repeats the steps after 6."""
     done = run_trainer(TINY, env=store.env).check()
@@ -114,7 +114,7 @@ def test_a_run_whose_disk_is_lost_goes_on_from_its_newest_whole_copy(run_trainer
     assert other.returncode == 2 and "optimizer.lr: 0.3 -> 0.1" in other.stderr
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_store_that_goes_down_never_stops_training_and_the_next_start_makes_up_for_it(run_trainer, store):
     words = [*TINY, "steps=800", "checkpoint.every=200", "log.every=40"]
     store.server.last = "/manifest.json"

@@ -75,13 +75,12 @@ def find(root: Path, which: str) -> Checkpoint:
     """
     pointer = root / which
     if which in ("latest", "best"):
-        if which == "latest" and not pointer.is_file():
-            checkpoint = newest(root)
-            if checkpoint is not None:
-                return checkpoint
         name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else which
     else:
         name = step_name(int(which)) if which.isdigit() else which
+    gone = not pointer.is_file() or (is_step_name(name) and not (root / name).is_dir())  # damaged, and set aside
+    if which == "latest" and gone and (checkpoint := newest(root)) is not None:
+        return checkpoint
     if not is_step_name(name) or not (root / name).is_dir():
         existing = ", ".join(sorted(path.name for path in root.glob("step_*"))) or "none"
         raise CheckpointError(f"checkpoint={which} does not exist in {root}; there are: {existing}.")

@@ -38,13 +38,16 @@ _EMAIL = re.compile(
 _IPV4 = re.compile(r"(?<!\w)(?<!\d\.)(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)", re.ASCII)
 _IPV6 = re.compile(
     r"(?:(?<![\w:.])|(?<=\w:)(?=[0-9A-F]))"  # at a border, or behind a label as in "ip:2001:db8::1"
-    r"(?P<run>[0-9A-F:.]++)(?:%\w+)?+(?!\w)",
+    r"(?P<run>[0-9A-F:.]++)(?:%\w++|(?!%\w))(?!\w)",
     re.ASCII | re.IGNORECASE,
 )
 
+# Groups are not matched possessively: Python before 3.11.5 then finds too little (gh-106052).
 _DIGITS = re.compile(r"[0-9]+")
 _CARD_RUN = re.compile(  # groups of digits with one kind of separator, no part of a longer id or of a decimal
-    r"(?<!\w)(?<!\w-)(?<!\d\.)\d{4,}+(?:(?P<separator>[ \u00a0-])\d++(?:(?P=separator)\d++)*+)?+(?!-?\w|\.\d)", re.ASCII
+    r"(?<!\w)(?<!\w-)(?<!\d\.)\d{4,}+"
+    r"(?:(?P<separator>[ \u00a0-])\d++(?:(?P=separator)\d++)*(?!(?P=separator)\d)|(?![ \u00a0-]\d))(?!-?\w|\.\d)",
+    re.ASCII,
 )
 _CARD_ISSUER = re.compile(r"[3-6]|2[2-7]")
 
