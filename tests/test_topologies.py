@@ -10,18 +10,15 @@ from tests.test_training import curve, tiny
 
 COMMON = tiny("precision=fp32", "schedule=constant", "model.num_heads=4", "model.d_model=32", "checkpoint.keep=1")
 FROM = {
-    "plain_1": (["engine=plain"], 1),
     "plain_3": (["engine=plain"], 3),
     "zero1_2": (["engine=zero1"], 2),
     "zero2_4": (["engine=zero2"], 4),
     "zero3_2": (["engine=zero3_offload"], 2),
     "zero3_tp2_4": (["engine=zero3", "engine.tensor_parallel=2"], 4),
-    "plain_tp4_4": (["engine=plain", "engine.tensor_parallel=4"], 4),
 }
 TO = {
     "plain_1": (["engine=plain"], 1),
     "plain_tp2_2": (["engine=plain", "engine.tensor_parallel=2"], 2),
-    "zero1_3": (["engine=zero1"], 3),
     "zero2_8": (["engine=zero2"], 8),
     "zero3_4": (["engine=zero3"], 4),
     "zero3_tp2_sp2_4": (["engine=zero3_offload", "engine.tensor_parallel=2", "engine.sequence_parallel=2"], 4),
@@ -33,7 +30,7 @@ SAVED_AT = 2
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_layout_goes_on_in_every_other(run_trainer):
-    """42 pairs: the first step after the change has the loss of the uninterrupted run, within 1e-5."""
+    """25 pairs: the first step after the change has the loss of the uninterrupted run, within 1e-5."""
     runs_dir = run_trainer([*COMMON, "name=whole", f"steps={SAVED_AT + 1}"]).check().runs_dir
     expected = curve(runs_dir, "whole")[SAVED_AT + 1]
     for name, (words, ranks) in FROM.items():
