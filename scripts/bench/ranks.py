@@ -111,8 +111,9 @@ def main() -> int:
         figures.append(measure(number, options.steps, options.words))
         told = "  ".join(f"{name} {value:,.2f}".removesuffix(".00") for name, value in figures[-1].items())
         print(f"ranks {number:>3}  {told}", flush=True)
-    growth = {name: exponent(ranks, (one[name] for one in figures)) for name in figures[0]}
-    last = {name: exponent(ranks[-2:], (one[name] for one in figures[-2:])) for name in figures[0]}
+    names = figures[0] if len(ranks) > 1 else ()
+    growth = {name: exponent(ranks, (one[name] for one in figures)) for name in names}
+    last = {name: exponent(ranks[-2:], (one[name] for one in figures[-2:])) for name in names}
     for name, fitted in growth.items():
         print(f"{name:<17} ranks^{fitted:.2f}, of late ranks^{last[name]:.2f}")
     if options.out is not None:
