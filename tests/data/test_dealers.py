@@ -63,6 +63,21 @@ def test_a_worker_that_dies_is_named() -> None:
     loader.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_leaves_it_to_its_rank_when_to_stop(number: signal.Signals) -> None:
+    """Launchers signal whole groups of processes, from the first moment on."""
+    whole = [step.ids for step in steps_of(data_with(0), 6)[0]]
+    loader = loader_of(data_with(1))
+    steps = iter(loader)
+    ids = [next(steps).ids]
+    (worker,) = children()
+    for _ in range(5):
+        worker.send_signal(number)
+        ids.append(next(steps).ids)
+    loader.close()
+    assert ids == whole and not children()
+
+
 def test_lanes_that_do_not_divide_over_workers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.lanes=24 does not divide over 1 ranks x data.workers=5: run on 1, 2,"):
         loader_of(data_with(5))

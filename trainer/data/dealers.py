@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.util
+import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from trainer import garbage
 from trainer.data.lanes import Lane, Position, Row
 from trainer.data.reader import Rejected
 from trainer.errors import ConfigError, DataError
+from trainer.guards.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from trainer.data.corpus import Stream
@@ -172,7 +175,11 @@ class WorkerDealer:
         self._process = context.Process(
             target=_serve, args=(theirs, *self._arguments, self._states), name="data worker", daemon=True
         )
-        self._process.start()
+        # A launcher signals whole groups of processes; when to stop is for the rank to say, which wants its steps yet.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        self._process.start()  # inherits the mask
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        multiprocessing.util.Finalize(self, self._process.kill, exitpriority=10)  # others are only asked to end
         theirs.close()
         for _ in range(_STEPS_AHEAD):
             self._connection.send(None)
@@ -181,7 +188,7 @@ class WorkerDealer:
         """End the process."""
         if self._process is not None:
             self._connection.close()
-            self._process.terminate()
+            self._process.kill()
             self._process.join(timeout=10)
 
 

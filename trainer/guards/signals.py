@@ -9,7 +9,7 @@ from types import FrameType
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again
 
-_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
@@ -29,9 +29,9 @@ def listening() -> Iterator[StopRequest]:
             raise SystemExit(128 + number)
         request.name = signal.Signals(number).name
 
-    previous = {name: signal.signal(getattr(signal, name), on_signal) for name in _NAMES}
+    previous = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
         yield request
     finally:
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
