@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Sequence
 from itertools import islice
+from multiprocessing import resource_tracker
 from typing import Any
 
 import psutil
@@ -67,6 +68,7 @@ def test_a_worker_that_dies_is_named() -> None:
 def test_a_worker_leaves_it_to_its_rank_when_to_stop(number: signal.Signals) -> None:
     """Launchers signal whole groups of processes, from the first moment on."""
     whole = [step.ids for step in steps_of(data_with(0), 6)[0]]
+    resource_tracker._resource_tracker._stop()  # as in a process that starts its first worker
     loader = loader_of(data_with(1))
     steps = iter(loader)
     ids = [next(steps).ids]

@@ -10,6 +10,7 @@ import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -176,6 +177,7 @@ class WorkerDealer:
             target=_serve, args=(theirs, *self._arguments, self._states), name="data worker", daemon=True
         )
         # A launcher signals whole groups of processes; when to stop is for the rank to say, which wants its steps yet.
+        resource_tracker.ensure_running()  # which the first start would do, and unblock two of them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self._process.start()  # inherits the mask
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
