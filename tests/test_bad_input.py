@@ -94,6 +94,12 @@ def test_more_ranks_than_samples_to_evaluate(run_trainer, pairs):
     refused(run_trainer(words, ranks=2), "max_samples=1", code=launcher_code)
 
 
+@pytest.mark.dist
+def test_a_model_that_cannot_be_split_over_the_ranks(run_trainer, pairs):
+    words = on(pairs, "engine.tensor_parallel=2", "model.d_ff=33")
+    refused(run_trainer(words, ranks=2), "engine.tensor_parallel=2", "33 d_ff", "Choose a divisor", code=1)
+
+
 @pytest.mark.parametrize("runs_dir", ["file/runs", "/proc/runs"])
 def test_a_folder_that_cannot_be_written(run_trainer, pairs, tmp_path, runs_dir):
     (tmp_path / "file").write_text("in the way")

@@ -29,6 +29,22 @@ def test_large_shapes_print_their_plan_without_a_gpu(monkeypatch, experiment, ra
     assert f"ZeRO stage {stage}" in text and f'"stage": {stage}' in text
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["experiment=quickstart", "engine.tensor_parallel=3"],
+            "engine.tensor_parallel=3 does not divide.*4 num_heads",
+        ),
+        (["experiment=translation_lstm", "engine.sequence_parallel=3"], "LSTMSeq2Seq does not split its positions"),
+    ],
+)
+def test_a_model_that_cannot_be_split_is_refused_in_a_dry_run_too(monkeypatch, words, message):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=message):
+        dry_run(to_config(compose(words)))
+
+
 def test_a_batch_that_does_not_fit_the_ranks_is_refused_in_a_dry_run_too(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "7")
     with pytest.raises(ConfigError, match="7 ranks"):

@@ -32,6 +32,7 @@ from trainer.metrics import RunInfo
 from trainer.metrics.meter import Meter, peak_flops
 from trainer.metrics.sinks import JsonLinesSink, SafeSinks
 from trainer.parallel.layout import make_layout
+from trainer.parallel.split import check_split
 from trainer.parts import check_evaluation, check_fit, make_corpus, make_engine, make_task, make_tokenizer
 from trainer.plan import make_plan
 from trainer.run_directory import RunDirectory
@@ -98,6 +99,7 @@ def assemble(
     with torch.device("meta"):
         twin = build_model()
     check_fit(config, task, twin, tokenizer)
+    check_split(build_model, plan)
     stream = Stream(corpus, config.seed, config.batch.global_size, config.stop.epochs)
     layout = make_layout(plan.sequence_parallel, plan.tensor_parallel)
     dealers = make_dealers(stream, layout.data_rank, layout.data)

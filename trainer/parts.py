@@ -25,9 +25,8 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluate import check_enough_samples
 from trainer.optim import build_optimizer
 from trainer.parallel.layout import Layout
-from trainer.parallel.sequence import split_positions
 from trainer.parallel.slices import Slice
-from trainer.parallel.tensor import split_matrices
+from trainer.parallel.split import split_model
 from trainer.plan import RunPlan
 from trainer.run_directory import RunDirectory
 from trainer.tasks import Task
@@ -188,8 +187,7 @@ def make_engine(config: Config, plan: RunPlan, build_model: BuildModel, layout: 
 
     def build_light() -> torch.nn.Module:
         model = build_model()
-        split_positions(model, layout)
-        slices.update(split_matrices(model, layout))
+        slices.update(split_model(model, layout))
         return lighten(model, config.engine.recompute, config.engine.offload_activations)
 
     if config.engine.kind == "zero":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import torch
 
@@ -10,6 +11,7 @@ from trainer import distributed
 from trainer.build import build
 from trainer.config import Config
 from trainer.engine.ds_config import make_ds_config
+from trainer.parallel.split import check_split
 from trainer.plan import RunPlan, make_plan
 from trainer.run_directory import RunDirectory
 from trainer.schedule import Schedule
@@ -78,6 +80,7 @@ def dry_run(config: Config) -> str:
     plan = make_plan(config, distributed.launched_ranks())
     with torch.device("meta"):
         parameters = count_parameters(build(config.model, "model"))
+    check_split(partial(build, config.model, "model"), plan)
     schedule: Schedule = build(config.schedule, "schedule", total=total_progress(config))
     text = summarise(config, plan, parameters, schedule, RunDirectory.of(config), TrainState())
     plans = {"plan.json": plan.to_dict(), "ds_config.json": make_ds_config(plan)}

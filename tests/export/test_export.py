@@ -100,6 +100,8 @@ def test_what_transformers_does_not_have_is_refused(
     assert export(runs, tmp_path / "out", "run=plain") == 2
     assert "model.positions=sinusoidal (T5: relative)" in capsys.readouterr().err
     assert export(runs, tmp_path / "out", "run=t5", "dtype=fp8") == 2
+    assert export(runs, tmp_path / "out", "run=t5", "max_shard_gb=-1") == 2
+    assert "max_shard_gb=-1 is not above 0" in capsys.readouterr().err
     assert export(runs, tmp_path / "out", "run=none") == 2
     assert export(runs, runs, "run=t5") == 2
     assert "exists already" in capsys.readouterr().err

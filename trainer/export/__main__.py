@@ -81,6 +81,8 @@ def _decrypt(options: ExportOptions, folder: Path) -> str:
 def _write(options: ExportOptions, folder: Path) -> str:
     if options.dtype not in Precision.__members__:
         raise ConfigError(f"dtype={options.dtype} is not one of {', '.join(Precision)}.")
+    if options.max_shard_gb <= 0:
+        raise ConfigError(f"max_shard_gb={options.max_shard_gb:g} is not above 0; 5 is usual.")
     from trainer.parts import DTYPES
     from trainer.restore import find_run, load_model
 

@@ -4,10 +4,14 @@ other."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from trainer import distributed
+
+if TYPE_CHECKING:
+    from trainer.plan import RunPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,11 @@ class Layout:
     def speaks(self) -> bool:
         """Whether this rank tells what was in its samples, which sequence x tensor ranks share."""
         return self.rank % (self.tensor * self.sequence) == 0
+
+
+def layout_of_first_rank(plan: RunPlan) -> Layout:
+    """The layout of a job of which only the plan exists: where rank 0 would be, without process groups."""
+    return Layout(0, plan.data_parallel, plan.sequence_parallel, plan.tensor_parallel)
 
 
 def make_layout(sequence: int, tensor: int) -> Layout:

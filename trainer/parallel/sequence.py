@@ -25,8 +25,7 @@ from trainer.tasks import IGNORE, Batch
 def split_positions(model: nn.Module, layout: Layout) -> None:
     """Let `model` keep this rank's part of the positions, and its attentions exchange them for heads.
 
-    Before `split_matrices`, whose heads are the ones that are exchanged. Raises ConfigError where the model cannot, or
-    its heads do not divide.
+    Raises ConfigError where the model cannot, or its heads do not divide.
     """
     if layout.sequence == 1:
         return
@@ -79,17 +78,19 @@ def _with_all_positions(module: nn.Module, attend: Callable[..., Tensor], layout
     def own(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         if not module.training:
             return attend(q, k, v, bias, causal)
-        q, k, v = (_exchange(x, layout, split=1, join=2) for x in (q, k, v))
+        q, k, v = (_exchange(x, layout) for x in (q, k, v))
         if bias is not None and bias.dim() == 4 and bias.shape[1] > 1:
             bias = bias.chunk(layout.sequence, dim=1)[layout.sequence_rank]
         out = attend(q, k, v, bias, causal)
-        return _exchange(out, layout, split=1, join=2)
+        return _exchange(out, layout)
 
     return own
 
 
-def _exchange(x: Tensor, layout: Layout, split: int, join: int) -> Tensor:
-    out: Tensor = _Exchange.apply(x, layout.sequence_group, layout.sequence, split, join)  # type: ignore[no-untyped-call]
+def _exchange(x: Tensor, layout: Layout) -> Tensor:
+    """[B, heads, own positions, ...] -> [B, own heads, positions, ...]; [B, positions, own heads] -> [B, own positions,
+    heads]."""
+    out: Tensor = _Exchange.apply(x, layout.sequence_group, layout.sequence, 1, 2)  # type: ignore[no-untyped-call]
     return out
 
 
