@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos_job import STARTED, Failure, Job, send
+from chaos_job import STARTED, STEPS, Failure, Job, send
 
 from tests.data.servers import Fault, FaultyServer
 
@@ -105,10 +105,14 @@ def stop_rank(target: Target) -> None:
 
 
 def fill_disk(target: Target) -> None:
-    """No room for some steps and at least one checkpoint; then there is room again, and the job goes on."""
+    """No room for some steps and at least one checkpoint; then there is room again, and the job goes on. If its last
+    step comes before, it ends with an error, for its last checkpoint is missing."""
     with full(target.disk):
         target.job.wait_for_step(target.job.step + 5)
-    target.goes_on()
+    if target.job.step < STEPS:
+        target.goes_on()
+    else:
+        target.expect("failed", 2, "No space left on device")
 
 
 def start_on_full_disk(target: Target) -> None:
