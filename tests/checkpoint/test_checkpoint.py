@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from trainer.checkpoint.load import Checkpoint, Reader, find, load, newest, read, set_aside
+from trainer.checkpoint.pieces import write_pieces
 from trainer.checkpoint.save import Checkpointer, point, prune
 from trainer.config import CheckpointConfig
 from trainer.engine.base import Fragment
@@ -181,14 +182,15 @@ def test_any_range_can_be_read_from_any_split(tmp_path, numel, cuts, data):
 
 @pytest.fixture
 def held(monkeypatch):
-    """Holds the writing thread until it is let go."""
+    """Holds the writing thread, which has been given all there is to write, until it is let go."""
     let_go = threading.Event()
 
-    def slow(*arguments, **options):
+    def slow(path, sizes, pieces, metadata):
+        taken = [(key, tensor.clone()) for key, tensor in pieces]
         assert let_go.wait(30)
-        return save_file(*arguments, **options)
+        write_pieces(path, sizes, taken, metadata)
 
-    monkeypatch.setattr("trainer.checkpoint.save.save_file", slow)
+    monkeypatch.setattr("trainer.checkpoint.save.write_pieces", slow)
     return let_go
 
 
@@ -213,6 +215,39 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_step_it
     assert torch.equal(loaded.value, torch.full((4, 3), 1.0))
 
 
+@dataclass
+class TwoMatrices(OneMatrix):
+    """An engine that holds another matrix, which is written after the first."""
+
+    def fragments(self):
+        yield from super().fragments()
+        yield Fragment("last", "master", 0, self.shape, self.value.view(-1))
+
+
+def test_what_a_slow_disk_has_not_taken_when_the_update_comes_is_copied(tmp_path, monkeypatch):
+    engine = TwoMatrices(torch.full((4, 3), 1.0))
+    checkpointer, _ = checkpointer_of(tmp_path, engine)
+    copied = {}
+
+    def slow(path, sizes, pieces, metadata):
+        def taken():
+            for key, tensor in pieces:
+                copied[key] = tensor.data_ptr() != engine.value.data_ptr()
+                yield key, tensor
+                assert checkpointer._awaited.wait(30)
+
+        write_pieces(path, sizes, taken(), metadata)
+
+    monkeypatch.setattr("trainer.checkpoint.save.write_pieces", slow)
+    checkpointer.save(TrainState(step=1), {})
+    checkpointer.settle()
+    engine.value.fill_(2.0)
+    checkpointer.require()
+    with Reader(newest(tmp_path)) as reader:
+        assert all(bool((values == 1.0).all()) for name, values in reader.whole() if name in ("w", "last"))
+    assert copied == {"w|master|0": False, "w|exp_avg|0": True, "last|master|0": True}
+
+
 def test_a_run_that_is_killed_while_writing_keeps_the_checkpoint_before(tmp_path):
     save_steps(tmp_path, 1)
     script = (
@@ -221,9 +256,9 @@ def test_a_run_that_is_killed_while_writing_keeps_the_checkpoint_before(tmp_path
         "from tests.checkpoint.test_checkpoint import OneMatrix, checkpointer_of\n"
         "from pathlib import Path\n"
         "from trainer.state import TrainState\n"
-        "def die(tensors, path, metadata):\n"
+        "def die(path, *rest):\n"
         "    Path(path).write_bytes(b'half'); os._exit(9)\n"
-        "save.save_file = die\n"
+        "save.write_pieces = die\n"
         f"c, _ = checkpointer_of(Path({str(tmp_path)!r}), OneMatrix(torch.ones(4, 3)))\n"
         "c.save(TrainState(step=2), {})\n"
         "c.finish()\n"
@@ -242,7 +277,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.checkpoint.save.save_file", full)
+        patch.setattr("trainer.checkpoint.save.write_pieces", full)
         checkpointer, told = checkpointer_of(tmp_path, OneMatrix(torch.ones(4, 3)))
         checkpointer.save(TrainState(step=2), {})
         checkpointer.finish()

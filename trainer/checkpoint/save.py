@@ -1,8 +1,9 @@
 """Write a checkpoint so that it is whole or absent, while training goes on.
 
-Saving has three parts. The *snapshot* copies this rank's fragments: in a thread, beside the forward and backward pass
-that follow, for no more than the next update changes them, which waits for it. The *write* brings the copies to the
-disk in the same thread, and the *commit*, when every rank has written, adds the manifest and renames.
+Saving has three parts. The *snapshot* notes what this rank's fragments are. The *write* brings them to the disk in a
+thread: from where they are, beside the forward and backward pass that follow, for nothing but the next update changes
+them; what is not written when that comes is copied first. Off the host (on a GPU) all is copied first. The *commit*,
+when every rank has written, adds the manifest and renames.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
 from trainer import distributed
 from trainer.checkpoint import FORMAT, SEPARATOR, is_step_name, kept, step_name
@@ -87,7 +87,10 @@ class Checkpointer:
         self._snapshot: _Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
+        """Nothing of the snapshot is left that an update may change."""
         self._copied.set()
+        self._awaited = threading.Event()
+        """An update waits."""
         self._best = False
         self.failure: str | None = None
         """Why the last commit gave no checkpoint."""
@@ -116,6 +119,7 @@ class Checkpointer:
             self._best = best
             self._snapshot = _take_snapshot(self._engine, state, lanes, self.checkpoint.asynchronous)
             self._copied.clear()
+            self._awaited.clear()
             self._thread = threading.Thread(target=self._write, args=(self._snapshot,), name="checkpoint")
             self._thread.start()
             if not self.checkpoint.asynchronous:
@@ -125,6 +129,7 @@ class Checkpointer:
 
     def settle(self) -> None:
         """Wait until the next update may change what is saved; before every update."""
+        self._awaited.set()
         self._copied.wait()
 
     def commit(self) -> None:
@@ -194,28 +199,34 @@ class Checkpointer:
     def _write(self, snapshot: _Snapshot) -> None:
         """In the thread: this rank's file."""
         path = self._partial(snapshot.state.step) / f"shard_{distributed.rank():05d}.safetensors"
+        sizes = {key: tensor.numel() for key, tensor in snapshot.tensors.items()}
         try:
             if self.checkpoint.asynchronous:
-                copies = self._copies(snapshot)
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-                save_file(copies, path, metadata=dict(snapshot.metadata))
+                pieces = self._pieces(dict(snapshot.tensors))
             else:
-                sizes = {key: tensor.numel() for key, tensor in snapshot.tensors.items()}
                 pieces = ((key, fragment.tensor) for key, fragment in _saved(self._engine))
-                write_pieces(path, sizes, pieces, snapshot.metadata)
+            write_pieces(path, sizes, pieces, snapshot.metadata)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             self._shard = _Shard(path.name, path.stat().st_size, _sha256(path), snapshot.shapes, snapshot.lanes)
         except Exception as error:  # a full disk must not end the run; the commit tells
             self._shard = _Shard("", 0, "", {}, {}, failure=str(error) or type(error).__name__)
-
-    def _copies(self, snapshot: _Snapshot) -> dict[str, torch.Tensor]:
-        try:
-            if not self._engine.fragments_stay:
-                return dict(snapshot.tensors)
-            return {key: _copy(tensor) for key, tensor in snapshot.tensors.items()}
         finally:
             self._copied.set()
+
+    def _pieces(self, left: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """What to write, in order; each is let go of when the next is asked for."""
+        if self._engine.fragments_stay:
+            on_host = all(tensor.device.type == "cpu" for tensor in left.values())
+            while left and on_host and not self._awaited.is_set():
+                key = next(iter(left))
+                yield key, left.pop(key)
+            left = {key: _copy(tensor) for key, tensor in left.items()}
+        self._copied.set()
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while left:
+            key = next(iter(left))
+            yield key, left.pop(key)
 
     def _publish(self, snapshot: _Snapshot, shards: list[_Shard]) -> list[str]:
         """On rank 0: state, manifest, rename, pointers, and what need not be kept; returns what went wrong."""
