@@ -178,6 +178,7 @@ class Config:
     precision: Precision = Precision.bf16
     force_fp16: bool = False  # fp16 for model families known to overflow in it
     clip_norm: float | None = 1.0
+    init_from: str | None = None  # first weights: hf:FOLDER, hf:ORG/NAME, run:NAME
     resume: Resume = Resume.auto
     dry_run: bool = False  # print the summary, plan.json and ds_config.json for WORLD_SIZE ranks, and stop
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -203,7 +204,7 @@ PARTS = ("model", "task", "data", "tokenizer", "optimizer", "schedule")
 
 _FREE = (
     *("name", "runs_dir", "steps", "resume", "dry_run", "allow_targets", "log", "eval", "stop", "checkpoint"),
-    *("precision", "logging", "guard", "debug", "engine", "batch.micro_size", "batch.micro_tokens"),
+    *("init_from", "precision", "logging", "guard", "debug", "engine", "batch.micro_size", "batch.micro_tokens"),
     *("data.trace", "data.workers", "data.retry_seconds", "data.max_bad_fraction", "data.on_bad_record"),
 )
 """Keys, with all below them, that may change when a run goes on: what a step learns does not depend on them, or, of

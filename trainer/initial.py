@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from trainer.engine.base import BuildModel, Engine
+from trainer.pretrained import Weights
 
 
-def initialise(engine: Engine, build_model: BuildModel, seed: int) -> None:
+def initialise(engine: Engine, build_model: BuildModel, seed: int, weights: Weights | None = None) -> None:
     """Write the first masters into `engine` through its fragments, and let the working parameters follow.
 
     build_model: builds the model's twin on the meta device; one parameter of it at a time gets storage, is filled by
-    the model's `reset_parameter`, and is given back.
+    the model's `reset_parameter`, and is given back. weights: those to begin with, as far as it has them.
     """
     with torch.device("meta"):
         twin: Any = build_model()
@@ -28,7 +29,9 @@ def initialise(engine: Engine, build_model: BuildModel, seed: int) -> None:
         if fragment.key != "master":
             continue
         if fragment.parameter != current:
-            current, values = fragment.parameter, _fill(twin, fragment.parameter, generator, seed)
+            current = fragment.parameter
+            given = None if weights is None else weights.values(current)
+            values = _fill(twin, current, generator, seed) if given is None else given
         fragment.fill(values)
     engine.after_load(engine.scalars())
 

@@ -35,6 +35,7 @@ from trainer.parallel.layout import make_layout
 from trainer.parallel.split import check_split
 from trainer.parts import check_evaluation, check_fit, make_corpus, make_engine, make_task, make_tokenizer
 from trainer.plan import make_plan
+from trainer.pretrained import open_weights
 from trainer.run_directory import RunDirectory
 from trainer.schedule import Schedule
 from trainer.state import TrainState
@@ -100,6 +101,10 @@ def assemble(
         twin = build_model()
     check_fit(config, task, twin, tokenizer)
     check_split(build_model, plan)
+    weights = None
+    if config.init_from is not None and checkpoint is None:
+        shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
+        weights = open_weights(config.init_from, config.runs_dir, config.model, shapes)
     stream = Stream(corpus, config.seed, config.batch.global_size, config.stop.epochs)
     layout = make_layout(plan.sequence_parallel, plan.tensor_parallel)
     dealers = make_dealers(stream, layout.data_rank, layout.data)
@@ -113,7 +118,7 @@ def assemble(
     return_freed_memory()
     state, lanes = TrainState(), {}
     if checkpoint is None:
-        initialise(engine, build_model, config.seed)
+        initialise(engine, build_model, config.seed, weights)
     else:
         load(checkpoint, engine)
         state, lanes = checkpoint.state, dict(checkpoint.lanes)

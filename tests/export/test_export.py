@@ -13,8 +13,8 @@ from tests.conftest import HERMETIC, ROOT, launch_command, run_command
 from tests.test_training import tiny
 from trainer.errors import ConfigError
 from trainer.export.__main__ import main
-from trainer.export.formats import format_of
 from trainer.export.sealed import KEY_VARIABLE
+from trainer.formats.catalogue import format_of
 
 transformers = pytest.importorskip("transformers")
 pyrage = pytest.importorskip("pyrage")

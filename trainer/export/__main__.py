@@ -21,9 +21,10 @@ from trainer.commands import run_command
 from trainer.config import Precision
 from trainer.errors import ConfigError, SetupError
 from trainer.export.compare import compare
-from trainer.export.formats import Format, format_of
 from trainer.export.sealed import identity_from, seal, unseal
 from trainer.export.weights import write_weights
+from trainer.formats import Format
+from trainer.formats.catalogue import format_of
 
 if TYPE_CHECKING:
     from trainer.restore import FoundRun

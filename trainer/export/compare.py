@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainer.errors import CheckpointError, SetupError
-from trainer.export.formats import Format
+from trainer.formats import Format
 
 _TOLERANCE = 1e-4
 """Of logits in fp32, relative to the largest of them: deep models add up rounding of 1e-7 in every layer."""

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from trainer.checkpoint.load import Reader
 from trainer.errors import CheckpointError
-from trainer.export.formats import Format, Tensor
+from trainer.formats import Format, Tensor
 
 INDEX = "model.safetensors.index.json"
 
@@ -67,11 +67,16 @@ def _shape(reader: Reader, one: Tensor) -> torch.Size:
 
 
 def _numel(reader: Reader, one: Tensor) -> int:
-    return _shape(reader, one).numel()
+    rows, *rest = _shape(reader, one)
+    return torch.Size((one.skip + rows, *rest)).numel()
 
 
 def _read(reader: Reader, one: Tensor) -> torch.Tensor:
     shape = _shape(reader, one)
-    values = torch.empty(shape.numel())
-    reader.read_into(one.ours, "master", one.begin * shape[1:].numel(), values)
-    return values.view(shape)
+    row = shape[1:].numel()
+    values = torch.zeros(_numel(reader, one))
+    reader.read_into(one.ours, "master", one.begin * row, values[one.skip * row :])
+    values = values.view(one.skip + shape[0], *shape[1:])
+    if one.as_row:
+        return values[None]
+    return values.t().contiguous() if one.transposed else values

@@ -10,7 +10,7 @@ import torch
 
 from trainer.errors import ConfigError
 from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
-from trainer.tasks.loss import cross_entropy_sums
+from trainer.tasks.loss import token_loss
 from trainer.tasks.text import (
     OVERLONG_CHOICES,
     TextTokenizer,
@@ -120,7 +120,7 @@ class CausalLM:
 
     def loss(self, model: Any, batch: Batch) -> LossSums:
         """Cross-entropy summed over all real tokens, the end tokens included."""
-        return cross_entropy_sums(model(batch), batch["labels"], self._label_smoothing)
+        return token_loss(model, batch, self._label_smoothing)
 
     def num_positions(self, batch: Batch) -> tuple[int, int]:
         """Positions of the rectangle, and how many of them are padding."""

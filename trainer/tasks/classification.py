@@ -12,7 +12,7 @@ import torch
 from trainer.data.sources import column
 from trainer.errors import ConfigError
 from trainer.tasks import BadRecord, Batch, Encoded, LossSums, Record
-from trainer.tasks.loss import cross_entropy_sums
+from trainer.tasks.loss import token_loss
 
 
 class Classification:
@@ -92,7 +92,7 @@ class Classification:
 
     def loss(self, model: Any, batch: Batch) -> LossSums:
         """Cross-entropy summed over the samples."""
-        return cross_entropy_sums(model(batch), batch["labels"], self._label_smoothing)
+        return token_loss(model, batch, self._label_smoothing)
 
     def num_positions(self, batch: Batch) -> tuple[int, int]:
         """One position a sample; nothing is padded."""

@@ -11,10 +11,15 @@ from typing import Any
 
 import torch
 
-from trainer.tasks import IGNORE, LossSums
+from trainer.tasks import IGNORE, Batch, LossSums
 
 CPU_BLOCK_ELEMENTS = 2**18  # 1 MiB of fp32: fits a core's L2 cache
 GPU_BLOCK_ELEMENTS = 2**27  # 512 MiB of fp32: few launches, bounded memory
+
+
+def token_loss(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossSums:
+    """`cross_entropy_sums` of what `model` makes of `batch`, at the batch's `labels`."""
+    return cross_entropy_sums(model(batch), batch["labels"], label_smoothing)
 
 
 def cross_entropy_sums(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> LossSums:

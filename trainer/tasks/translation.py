@@ -10,7 +10,7 @@ import torch
 
 from trainer.errors import ConfigError
 from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
-from trainer.tasks.loss import cross_entropy_sums
+from trainer.tasks.loss import token_loss
 from trainer.tasks.text import (
     TextTokenizer,
     check_overlong,
@@ -150,7 +150,7 @@ class Translation:
 
     def loss(self, model: Any, batch: Batch) -> LossSums:
         """Label-smoothed cross-entropy summed over the target tokens, the end-of-sentence tokens included."""
-        return cross_entropy_sums(model(batch), batch["labels"], self._label_smoothing)
+        return token_loss(model, batch, self._label_smoothing)
 
     def num_positions(self, batch: Batch) -> tuple[int, int]:
         """Source and target positions of the rectangles, and how many of them are padding."""

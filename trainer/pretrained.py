@@ -1,0 +1,205 @@
+"""First weights that others trained: `init_from=hf:PATH` (a folder of transformers, or a name on the hub) and
+`init_from=run:NAME` (another run), read one parameter at a time."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trainer.checkpoint.load import Reader, find
+from trainer.errors import CheckpointError, ConfigError
+from trainer.formats import Tensor
+from trainer.formats.catalogue import format_of, part_of
+
+Shapes = Mapping[str, torch.Size]
+"""Of all parameters of a model, by name."""
+
+
+class Weights(Protocol):
+    """First weights for a model."""
+
+    def values(self, name: str) -> torch.Tensor | None:
+        """The flattened values of the parameter, fp32; None where it has to begin anew."""
+
+
+def open_weights(init_from: str, runs_dir: str, model: Mapping[str, Any], shapes: Shapes) -> Weights:
+    """What `init_from` names, checked against the parameters of the configuration's `model` before anything is read.
+
+    Raises ConfigError for a place that is none or a model that is another, CheckpointError for tensors that are
+    missing, too many or of another shape: all of them are listed.
+    """
+    kind, _, place = init_from.partition(":")
+    if kind == "hf" and place:
+        return _HubWeights(_folder(place), model, shapes)
+    if kind == "run" and place:
+        return _RunWeights(Path(runs_dir) / place, shapes)
+    raise ConfigError(f"init_from={init_from} names no weights; use hf:FOLDER, hf:ORG/NAME or run:NAME.")
+
+
+def _folder(place: str) -> Path:
+    """The folder of a checkpoint, fetched from the hub if `place` is none on this disk."""
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or place.count("/") > 1 or place.startswith("."):
+        raise ConfigError(f"init_from=hf:{place}: there is no such folder.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.model"]
+        return Path(snapshot_download(place, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"init_from=hf:{place} is no folder here, and could not be fetched from the hub:"
+            f" {str(error).splitlines()[0]}"
+        ) from error
+
+
+class _RunWeights:
+    """The newest checkpoint of another run."""
+
+    def __init__(self, run: Path, shapes: Shapes) -> None:
+        checkpoint = find(run / "checkpoints", "latest")
+        self._reader = Reader(checkpoint)
+        with ExitStack() as stack:
+            stack.enter_context(self._reader)
+            saved = {name: torch.Size(shape) for (name, key), shape in self._reader.shapes.items() if key == "master"}
+            _check(checkpoint.folder, saved, {name: list(shape) for name, shape in shapes.items()})
+            stack.pop_all()
+
+    def values(self, name: str) -> torch.Tensor:
+        """See `Weights`."""
+        values = torch.empty(torch.Size(self._reader.shapes[name, "master"]).numel())
+        self._reader.read_into(name, "master", 0, values)
+        return values
+
+
+class _HubWeights:
+    """A folder with config.json and safetensors."""
+
+    def __init__(self, folder: Path, model: Mapping[str, Any], shapes: Shapes) -> None:
+        self._folder = folder
+        _check_config(folder, model)
+        self._form = format_of(model, None)
+        self._files = _files(folder)
+        self._pieces: dict[str, list[Tensor]] = {}
+        for one in self._form.tensors:
+            self._pieces.setdefault(one.ours, []).append(one)
+        self._shapes = shapes
+        self._check()
+
+    def _check(self) -> None:
+        """All tensors are there in their shapes, and no other."""
+        found: dict[str, torch.Size] = {}
+        for path in sorted(set(self._files.values())):
+            with _opened(path) as file:
+                found |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        wanted = {
+            self._name(one) or one.theirs: _their_shape(one, self._shapes[one.ours])
+            for one in self._form.tensors
+            if self._name(one) is not None or one.ours not in self._form.fresh
+        }
+        prefix = self._form.prefix
+        known = {*self._form.twins, *(name.removeprefix(prefix) for name in self._form.twins)}
+        _check(self._folder, found, wanted, [*map(re.escape, known), *self._form.ignored])
+
+    def _name(self, one: Tensor) -> str | None:
+        """What their tensor is called in these files: by its name, without the prefix, or as a twin of it."""
+        twins = [name for name, same in self._form.twins.items() if same == one.theirs]
+        for name in (one.theirs, one.theirs.removeprefix(self._form.prefix), *twins):
+            if name in self._files:
+                return name
+        return None
+
+    def values(self, name: str) -> torch.Tensor | None:
+        """See `Weights`."""
+        parts = []
+        for one in self._pieces[name]:
+            theirs = self._name(one)
+            if theirs is None:  # checked: a parameter that may begin anew
+                return None
+            with _opened(self._files[theirs]) as file:
+                value = file.get_tensor(theirs).float()
+            value = value[0] if one.as_row else value.t() if one.transposed else value
+            parts.append(value[one.skip :])
+        return torch.cat(parts).flatten()
+
+
+def _their_shape(one: Tensor, whole: torch.Size) -> list[int]:
+    rows, *rest = whole
+    shape = [one.skip + min(rows, one.end or rows) - one.begin, *rest]
+    return [1, *shape] if one.as_row else shape[::-1] if one.transposed else shape
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in _json(index)["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise CheckpointError(f"{folder} has no model.safetensors, and no index of several; it has {there}.")
+    with _opened(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no whole safetensors file: {error}.") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no mapping.")
+    return value
+
+
+_FREE_TO_CHOOSE = re.compile(r"dropout|init_std|max_positions|num_classes|head$")
+"""Arguments of a model that do not belong to its weights."""
+
+
+def _check_config(folder: Path, model: Mapping[str, Any]) -> None:
+    """Refuse a configuration whose model is another than the folder's, saying which words would make it the same."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json, so nothing says which model its weights are of.")
+    theirs = part_of(_json(path))
+    differing = {
+        key: value
+        for key, value in theirs.items()
+        if not _FREE_TO_CHOOSE.search(key) and model.get(key, value) != value
+    }
+    if differing:
+        words = " ".join(f"model.{key}={'null' if value is None else value}" for key, value in differing.items())
+        raise ConfigError(f"init_from: {folder} is of another model than the configuration's; set {words}.")
+
+
+def _check(place: Path, found: Shapes, wanted: Mapping[str, list[int]], ignored: Sequence[str] = ()) -> None:
+    problems = []
+    for name, shape in wanted.items():
+        if name not in found:
+            near = difflib.get_close_matches(name, set(found) - set(wanted), 1)
+            problems.append(f"{name} is missing" + (f" (the nearest there is {near[0]})" if near else ""))
+        elif list(found[name]) != shape:
+            problems.append(f"{name} is {list(found[name])}, not {shape}")
+    for name in found:
+        if name not in wanted and not any(re.search(pattern, name) for pattern in ignored):
+            problems.append(f"{name} has no place in the model")
+    if problems:
+        raise CheckpointError(f"{place} does not fit the model: {'; '.join(problems)}.")
