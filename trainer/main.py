@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer import distributed, garbage
+from trainer import distributed, garbage, privacy
 from trainer.build import build, check_parts
 from trainer.checkpoint.copies import begin, make_copier
 from trainer.checkpoint.load import load, set_aside
@@ -45,6 +45,7 @@ from trainer.summary import count_parameters, dry_run, summarise, total_progress
 def run(config: Config, overrides: Sequence[str]) -> int:
     """Train, evaluate and save one run; returns the exit code. Raises the errors of `trainer.errors`."""
     check_parts(config)
+    privacy.check_budget(config)
     if config.dry_run:
         print(dry_run(config))
         return 0
@@ -159,4 +160,5 @@ def evaluate_finally(training: Training, state: TrainState, again: bool) -> None
     watchdog.section("evaluate", state.step)
     final = Evaluation(split, None, training.plan, generate=True, final=True)
     metrics = evaluate(training.engine, training.task, training.corpus, final, directory.path, state.step)
-    training.sinks.log_evaluation(state.step, {"split": split, **metrics})
+    spent = privacy.metrics(config, state.step)
+    training.sinks.log_evaluation(state.step, {"split": split, **metrics, **spent})
