@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.checkpoint.load import Reader, find
+from trainer.config import Config
 from trainer.errors import CheckpointError, ConfigError
 from trainer.formats import Tensor
 from trainer.formats.catalogue import format_of, part_of
@@ -28,6 +29,16 @@ class Weights(Protocol):
 
     def values(self, name: str) -> torch.Tensor | None:
         """The flattened values of the parameter, fp32; None where it has to begin anew."""
+
+
+def first_weights(config: Config, twin: torch.nn.Module) -> Weights | None:
+    """The weights that a run begins with, if it does not begin at random: those of `init_from`, else those that the
+    model itself names (`HFModel`). twin: the model on the meta device. Raises: see `open_weights`."""
+    init_from = config.init_from or getattr(twin, "init_from", None)
+    if init_from is None:
+        return None
+    shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
+    return open_weights(init_from, config.runs_dir, config.model, shapes)
 
 
 def open_weights(init_from: str, runs_dir: str, model: Mapping[str, Any], shapes: Shapes) -> Weights:
@@ -88,7 +99,8 @@ class _HubWeights:
 
     def __init__(self, folder: Path, model: Mapping[str, Any], shapes: Shapes) -> None:
         self._folder = folder
-        _check_config(folder, model)
+        if not model["_target_"].endswith(".HFModel"):  # which is what the folder says
+            _check_config(folder, model)
         self._form = format_of(model, None)
         self._files = _files(folder)
         self._pieces: dict[str, list[Tensor]] = {}
@@ -122,8 +134,8 @@ class _HubWeights:
 
     def values(self, name: str) -> torch.Tensor | None:
         """See `Weights`."""
-        parts = []
-        for one in self._pieces[name]:
+        parts: list[torch.Tensor] = []
+        for one in self._pieces.get(name, ()):  # adapters are in no folder
             theirs = self._name(one)
             if theirs is None:  # checked: a parameter that may begin anew
                 return None
@@ -131,7 +143,7 @@ class _HubWeights:
                 value = file.get_tensor(theirs).float()
             value = value[0] if one.as_row else value.t() if one.transposed else value
             parts.append(value[one.skip :])
-        return torch.cat(parts).flatten()
+        return torch.cat(parts).flatten() if parts else None
 
 
 def _their_shape(one: Tensor, whole: torch.Size) -> list[int]:
