@@ -104,7 +104,8 @@ def assemble(
     weights = None
     if config.init_from is not None and checkpoint is None:
         shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
-        weights = open_weights(config.init_from, config.runs_dir, config.model, shapes)
+        start_id = getattr(task, "start_id", None)
+        weights = open_weights(config.init_from, config.runs_dir, config.model, shapes, tokenizer, start_id)
     stream = Stream(corpus, config.seed, config.batch.global_size, config.stop.epochs)
     layout = make_layout(plan.sequence_parallel, plan.tensor_parallel)
     dealers = make_dealers(stream, layout.data_rank, layout.data)
