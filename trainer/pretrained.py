@@ -249,7 +249,7 @@ def _start_problems(folder: Path, tokenizer: Tokenizer | None, start_id: int | N
         return []
     return [
         f"init_from: {folder} begins its targets with {tokenizer.token_of(told)} (decoder_start_token_id={told}),"
-        f" the task with {tokenizer.token_of(start_id)}; set task.start_token={tokenizer.token_of(told)}."
+        f" the task with {tokenizer.token_of(start_id)}; set task.start_token='\"{tokenizer.token_of(told)}\"'."
     ]
 
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 transformers = pytest.importorskip("transformers")
 
 from tests.formats.parity import both_ways, ours_of, pair_of, same_text, scattered  # noqa: E402
+from trainer.build import build  # noqa: E402
 from trainer.errors import ConfigError  # noqa: E402
-from trainer.formats.catalogue import format_of, part_of  # noqa: E402
+from trainer.formats.catalogue import part_of  # noqa: E402
+from trainer.pretrained import open_weights  # noqa: E402
 
 KINDS = {"bart": "BartForConditionalGeneration", "mbart": "MBartForConditionalGeneration",
          "pegasus": "PegasusForConditionalGeneration"}  # fmt: skip
@@ -25,9 +27,9 @@ def make(kind, layers=(1, 2), seed=0, **options):
     sizes = {f"{side}_{key}": size for side in ("encoder", "decoder")
              for key, size in (("attention_heads", 4), ("ffn_dim", 40))}  # fmt: skip
     config = transformers.AutoConfig.for_model(
-        kind, vocab_size=61, d_model=32, encoder_layers=layers[0], decoder_layers=layers[1], **sizes,
-        **{"max_position_embeddings": 64, "decoder_start_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
-           "forced_eos_token_id": None, **options},
+        kind, d_model=32, encoder_layers=layers[0], decoder_layers=layers[1], **sizes,
+        **{"vocab_size": 61, "max_position_embeddings": 64, "decoder_start_token_id": 2, "eos_token_id": 1,
+           "pad_token_id": 0, "forced_eos_token_id": None, **options},
     )  # fmt: skip
     theirs = scattered(transformers.AutoModelForSeq2SeqLM.from_config(config), seed)
     for table in (theirs.model.encoder.embed_positions, theirs.model.decoder.embed_positions):
@@ -62,11 +64,12 @@ def test_text(kind, beams, tmp_path):
 def test_a_checkpoint_of_the_bare_model_begins_without_a_bias_of_the_output(tmp_path):
     """BartModel's tensors have no prefix, and neither head nor bias."""
     theirs = make("bart")
-    theirs.final_logits_bias.zero_()
     theirs.model.save_pretrained(tmp_path)
     part = part_of(json.loads((tmp_path / "config.json").read_text()))
-    form = format_of(part, None)
-    assert form.architecture == KINDS["bart"] and "embedding.head_bias" in form.fresh
+    shapes = {name: parameter.shape for name, parameter in build(part, "model").named_parameters()}
+    weights = open_weights(f"hf:{tmp_path}", "runs", part, shapes)
+    assert weights.values("embedding.head_bias") is None
+    assert torch.equal(weights.values("embedding.weight"), theirs.model.shared.weight.detach().flatten())
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,11 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, ends_texts: bool) -> No
     if ends_texts:
         ending = {"post_processor": _ending(named["eos_token"], tokenizer.eos_id)}
         _write_json(folder / "tokenizer.json", {**json.loads(tokenizer.to_json()), **ending})
-    more = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    more = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     _write_json(folder / "tokenizer_config.json", {**more, **named})
 
 
