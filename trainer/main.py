@@ -103,7 +103,8 @@ def assemble(
     check_fit(config, task, twin, tokenizer)
     check_split(build_model, plan)
     frozen = any(not parameter.requires_grad for parameter in twin.parameters())
-    weights = first_weights(config, twin) if checkpoint is None or frozen else None
+    start_id = getattr(task, "start_id", None)
+    weights = first_weights(config, twin, tokenizer, start_id) if checkpoint is None or frozen else None
     stream = Stream(corpus, config.seed, config.batch.global_size, config.stop.epochs)
     layout = make_layout(plan.sequence_parallel, plan.tensor_parallel)
     dealers = make_dealers(stream, layout.data_rank, layout.data)

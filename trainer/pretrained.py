@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from trainer.checkpoint.load import Reader, find
 from trainer.config import Config
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import CheckpointError, ConfigError
 from trainer.formats import Tensor
 from trainer.formats.catalogue import format_of, part_of
@@ -31,27 +32,52 @@ class Weights(Protocol):
         """The flattened values of the parameter, fp32; None where it has to begin anew."""
 
 
-def first_weights(config: Config, twin: torch.nn.Module) -> Weights | None:
+def first_weights(
+    config: Config, twin: torch.nn.Module, tokenizer: Tokenizer | None = None, start_id: int | None = None
+) -> Weights | None:
     """The weights that a run begins with, if it does not begin at random: those of `init_from`, else those that the
-    model itself names (`HFModel`). twin: the model on the meta device. Raises: see `open_weights`."""
+    model itself names (`HFModel`). twin: the model on the meta device; the others, and what is raised: see
+    `open_weights`."""
     init_from = config.init_from or getattr(twin, "init_from", None)
     if init_from is None:
         return None
     shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
-    return open_weights(init_from, config.runs_dir, config.model, shapes)
+    return open_weights(init_from, config.runs_dir, config.model, shapes, tokenizer, start_id)
 
 
-def open_weights(init_from: str, runs_dir: str, model: Mapping[str, Any], shapes: Shapes) -> Weights:
+def open_weights(
+    init_from: str,
+    runs_dir: str,
+    model: Mapping[str, Any],
+    shapes: Shapes,
+    tokenizer: Tokenizer | None = None,
+    start_id: int | None = None,
+) -> Weights:
     """What `init_from` names, checked against the parameters of the configuration's `model` before anything is read.
 
-    Raises ConfigError for a place that is none or a model that is another, CheckpointError for tensors that are
-    missing, too many or of another shape: all of them are listed.
+    tokenizer: the run's; start_id: what its task begins targets with, None = nothing of its own. Raises ConfigError for
+    a place that is none, a model that is another, a tokenizer of another vocabulary or another begin of targets, all at
+    once; CheckpointError for tensors that are missing, too many or of another shape: all of them are listed.
     """
     kind, _, place = init_from.partition(":")
     if kind == "hf" and place:
-        return _HubWeights(_folder(place), model, shapes)
+        folder = _folder(place)
+        # a model of transformers is whatever the folder says
+        theirs = {} if model["_target_"].endswith(".HFModel") else _part_of(folder)
+        problems = [
+            *_model_problems(folder, theirs, model),
+            *_tokenizer_problems(folder, tokenizer, theirs.get("vocab_size")),
+            *_start_problems(folder, tokenizer, start_id),
+        ]
+        if problems:
+            raise ConfigError(*problems)
+        return _HubWeights(folder, model, shapes)
     if kind == "run" and place:
-        return _RunWeights(Path(runs_dir) / place, shapes)
+        run = Path(runs_dir) / place
+        problems = _tokenizer_problems(run, tokenizer, model.get("vocab_size"))
+        if problems:
+            raise ConfigError(*problems)
+        return _RunWeights(run, shapes)
     raise ConfigError(f"init_from={init_from} names no weights; use hf:FOLDER, hf:ORG/NAME or run:NAME.")
 
 
@@ -99,8 +125,6 @@ class _HubWeights:
 
     def __init__(self, folder: Path, model: Mapping[str, Any], shapes: Shapes) -> None:
         self._folder = folder
-        if not model["_target_"].endswith(".HFModel"):  # which is what the folder says
-            _check_config(folder, model)
         self._form = format_of(model, None)
         self._files = _files(folder)
         self._pieces: dict[str, list[Tensor]] = {}
@@ -156,7 +180,10 @@ def _files(folder: Path) -> dict[str, Path]:
     """The file of each tensor."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {name: folder / file for name, file in _json(index)["weight_map"].items()}
+        places = _json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(str(file) == Path(str(file)).name for file in places.values()):
+            raise CheckpointError(f"{index} has no weight_map from names to files of its folder.")
+        return {name: folder / file for name, file in places.items()}
     single = folder / "model.safetensors"
     if not single.is_file():
         there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
@@ -186,20 +213,59 @@ _FREE_TO_CHOOSE = re.compile(r"dropout|init_std|max_positions|num_classes|head$"
 """Arguments of a model that do not belong to its weights."""
 
 
-def _check_config(folder: Path, model: Mapping[str, Any]) -> None:
-    """Refuse a configuration whose model is another than the folder's, saying which words would make it the same."""
+def _part_of(folder: Path) -> dict[str, Any]:
+    """The configuration's model part for the folder's config.json. Raises CheckpointError without a whole one,
+    ConfigError for a model that ours cannot be."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json, so nothing says which model its weights are of.")
-    theirs = part_of(_json(path))
+    try:
+        return part_of(_json(path))
+    except KeyError as error:
+        raise CheckpointError(f"{path} does not say {error.args[0]}, which its model_type needs.") from error
+
+
+def _model_problems(folder: Path, theirs: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    """Where the configuration's model is another than the folder's: the words that would make it the same."""
     differing = {
         key: value
         for key, value in theirs.items()
         if not _FREE_TO_CHOOSE.search(key) and model.get(key, value) != value
     }
-    if differing:
-        words = " ".join(f"model.{key}={'null' if value is None else value}" for key, value in differing.items())
-        raise ConfigError(f"init_from: {folder} is of another model than the configuration's; set {words}.")
+    words = " ".join(
+        f"model.{key}={json.dumps(value) if value is None or isinstance(value, bool) else value}"
+        for key, value in differing.items()
+    )
+    return [f"init_from: {folder} is of another model than the configuration's; set {words}."] if differing else []
+
+
+def _tokenizer_problems(folder: Path, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[str]:
+    """Where the folder's tokenizer gives other ids than the run's. Raises DataError for one that is damaged."""
+    path = folder / "tokenizer.json"
+    if tokenizer is None or not path.is_file():
+        return []
+    ours, theirs = tokenizer.entries(), load_tokenizer(path).entries()
+    differing = [name for name in sorted(theirs, key=theirs.__getitem__) if ours.get(name) != theirs[name]]
+    if not differing and len(ours) == len(theirs):
+        return []
+    example = f", such as {differing[0]!r}" if differing else ""
+    return [
+        f"init_from: {path} has another vocabulary than the run's tokenizer ({len(theirs)} entries, the run's"
+        f" {len(ours)}; {len(differing)} have another id there, or none{example}), and weights follow ids;"
+        f" set tokenizer=file tokenizer.path={path} tokenizer.vocab_size={vocab_size or len(theirs)}."
+    ]
+
+
+def _start_problems(folder: Path, tokenizer: Tokenizer | None, start_id: int | None) -> list[str]:
+    """Where the run begins targets with another token than the weights know."""
+    files = [_json(path) for name in ("generation_config.json", "config.json") if (path := folder / name).is_file()]
+    told = next((value for file in files if (value := file.get("decoder_start_token_id")) is not None), None)
+    if tokenizer is None or start_id is None or told in (None, start_id) or not isinstance(told, int):
+        return []
+    return [
+        f"init_from: {folder} begins its targets with {tokenizer.token_of(told)} (decoder_start_token_id={told}),"
+        f" the task with {tokenizer.token_of(start_id)}; set task.start_token='\"{tokenizer.token_of(told)}\"'."
+    ]
 
 
 def _check(place: Path, found: Shapes, wanted: Mapping[str, list[int]], ignored: Sequence[str] = ()) -> None:

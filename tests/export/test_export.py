@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from tests.conftest import HERMETIC, ROOT, launch_command, run_command
+from tests.test_pretrained import MODELS, here
 from tests.test_training import tiny
 from trainer.errors import ConfigError
 from trainer.export.__main__ import main
 from trainer.export.sealed import KEY_VARIABLE
 from trainer.formats.catalogue import format_of
+from trainer.generate import generate_texts
+from trainer.restore import restore_run
 
 transformers = pytest.importorskip("transformers")
 pyrage = pytest.importorskip("pyrage")
@@ -69,9 +72,37 @@ def test_a_run_of_shared_matrices_is_a_t5(runs: Path, tmp_path: Path, capsys: py
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     ids = tokenizer("Turn on the light", return_tensors="pt").input_ids
-    assert tokenizer.decode(ids[0]) == "Turn on the light"
+    assert tokenizer.decode(ids[0]) == "Turn on the light</s>"
     out = model.generate(ids, max_new_tokens=5, num_beams=1, do_sample=False)
     assert out.shape[1] <= 6 and out[0, 0] == tokenizer.bos_token_id
+
+
+def test_transformers_alone_writes_the_translations_of_a_marian_run(tmp_path: Path) -> None:
+    """By AutoTokenizer and AutoModel, with nothing said but the length: the task's beams, no padding; and greedily."""
+    words = [word for word in tiny("steps=30", "precision=fp32", "name=run") if not word.startswith("model.")]
+    options = ["task.beam_size=3", "task.length_penalty=0", "task.label_smoothing=0", 'task.start_token="<pad>"']
+    here([*words, *MODELS["marian"], *options, "optimizer.lr=1e-2", "batch.global_size=32"], tmp_path / "runs")
+    (tmp_path / "runs" / "run" / "evaluation.json").write_text(
+        json.dumps({"step": 30, "split": "test", "eval/bleu": 3.14159, "bleu_signature": "nrefs:1"})
+    )
+    assert export(tmp_path / "runs", tmp_path / "out", "run=run", "dtype=fp32") == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    restored = restore_run("run", str(tmp_path / "runs"))
+    texts = ["Turn on the light", "The door of the garage is open and nobody is at home", "Off"]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    for beams, said in ((None, {}), (1, {"num_beams": 1})):
+        expected = generate_texts(restored.task, restored.model, texts, beam_size=beams, max_length=12)
+        written = model.generate(**inputs, max_length=13, **said)
+        assert [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)] == expected
+    assert all(expected)
+
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["decoder_start_token_id"], generation["eos_token_id"]) == (tokenizer.pad_token_id, 2)
+    assert (generation["num_beams"], generation["max_length"], generation["length_penalty"]) == (3, 401, 0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("MarianMTModel", "30 steps", "* corpora:homeassistant_en_de", "| bleu | 3.142 |", "test split"):
+        assert part in card
 
 
 def test_a_language_model_is_a_llama(run_trainer, tmp_path: Path) -> None:
@@ -98,7 +129,7 @@ def test_what_transformers_does_not_have_is_refused(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(runs, tmp_path / "out", "run=plain") == 2
-    assert "model.positions=sinusoidal (T5: relative)" in capsys.readouterr().err
+    assert "model.positions=sinusoidal (Pegasus: sinusoidal_halves)" in capsys.readouterr().err
     assert export(runs, tmp_path / "out", "run=t5", "dtype=fp8") == 2
     assert export(runs, tmp_path / "out", "run=t5", "max_shard_gb=-1") == 2
     assert "max_shard_gb=-1 is not above 0" in capsys.readouterr().err

@@ -19,10 +19,29 @@ T5 = {
     "scale_attention": False,
     "scale_embeddings": False,
 }
+BART = {
+    "positions": "learned",
+    "norm_position": "post",
+    "norm_eps": 1e-5,
+    "embedding_norm": True,
+    "activation": "gelu",
+    "head_bias": True,
+    "scale_embeddings": False,
+    "scale_tied_head": False,
+}
+MARIAN = {
+    "positions": "sinusoidal_halves",
+    "norm_position": "post",
+    "norm_eps": 1e-5,
+    "activation": "silu",
+    "head_bias": True,
+}
 VARIANTS = {
     "default": {},
     "post-norm": {"norm_position": "post", "activation": "gelu", "positions": "learned", "head_bias": True},
     "t5": T5,
+    "bart": BART,
+    "marian": MARIAN,
     "tied t5": {**T5, "tie_embeddings": True, "activation": "swiglu", "d_kv": 24},
 }
 
@@ -243,6 +262,27 @@ def test_initial_deviations(scale_attention):
     ]:
         assert math.isclose(weight.std().item(), std, rel_tol=0.03)
         assert abs(weight.mean()) < 0.03 * std
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == (0.0 if name.endswith("bias") else 1.0)).all(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "stds"),
+    [
+        ({}, {"embedding": 128**-0.5}),
+        (T5, {"embedding": 1.0, "head": 128**-0.5, "encoder_positions.table": 128**-0.5}),
+        ({**T5, "tie_embeddings": True}, {"embedding": 1.0}),
+        (BART, {"embedding": 128**-0.5, "encoder_positions": 0.02, "decoder_positions": 0.02}),
+        (MARIAN, {"embedding": 128**-0.5}),
+    ],
+)
+def test_first_deviations_of_tables(options, stds):
+    """As docs/models.md tells them; norms begin as the identity, and all biases at zero."""
+    model = build(**{**options, "d_model": 128, "relative_buckets": 256})
+    for name, std in stds.items():
+        weight = model.get_parameter(f"{name}.weight")
+        assert math.isclose(weight.std().item(), std, rel_tol=0.06), name
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             assert (parameter == (0.0 if name.endswith("bias") else 1.0)).all(), name

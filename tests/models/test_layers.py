@@ -75,6 +75,11 @@ def test_sinusoidal_positions_are_those_of_the_paper():
             torch.testing.assert_close(table[row, 2 * pair + 1], angle.cos())
 
 
+def test_marian_has_the_same_waves_with_all_sines_first():
+    paper, halves = (sinusoidal(3, 5, 8, torch.float32, CPU, order) for order in (False, True))
+    assert torch.equal(halves, torch.cat((paper[:, 0::2], paper[:, 1::2]), dim=1))
+
+
 def test_rotated_products_depend_on_the_distance_alone_and_gradients_are_exact():
     torch.manual_seed(0)
     cos, sin = (table[:40, None] for table in rotary_tables(40, 8, 10_000.0, torch.float64, CPU))

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.test_encoder_decoder import T5
+from tests.models.test_encoder_decoder import BART, T5
 from trainer.models.attention import masked_score, segment_bias
 from trainer.models.decoder import Decoder
 from trainer.models.encoder_decoder import EncoderDecoder
@@ -25,6 +25,7 @@ VARIANTS = {
     "learned": {"positions": "learned", "max_positions": 12},
     "t5": T5,
     "post-norm": {"norm_position": "post", "activation": "gelu"},
+    "bart": {**BART, "max_positions": 12},
     "llama": {},
 }
 ROW = (12, 10)

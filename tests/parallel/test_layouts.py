@@ -35,7 +35,7 @@ MODELS: dict[str, Any] = {
     ),
     "post_norm": lambda: EncoderDecoder(
         50, d_model=16, num_heads=4, d_ff=32, encoder_layers=1, decoder_layers=1, norm_position="post",
-        positions="learned",
+        positions="learned", embedding_norm=True, head_bias=True, scale_embeddings=False, scale_tied_head=False,
     ),
     "decoder": lambda: Decoder(50, d_model=32, num_heads=8, num_kv_heads=4, d_ff=48, num_layers=2),
 }  # fmt: skip

@@ -87,6 +87,15 @@ class Tokenizer:
         """The name of an entry of the vocabulary."""
         return str(self._backend.id_to_token(id_))
 
+    def id_of(self, token: str) -> int | None:
+        """The id of an entry of the vocabulary by its name; None where there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    def entries(self) -> dict[str, int]:
+        """The vocabulary: names and ids."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     def to_json(self) -> str:
         """The whole tokenizer; `from_json` reads it back. The very text it was read from, if it was."""
         return self._json

@@ -6,13 +6,11 @@ With encrypt=true the weights are encrypted with the age identity in key_file=FI
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,14 +18,11 @@ from trainer.checkpoint.load import Reader
 from trainer.commands import run_command
 from trainer.config import Precision
 from trainer.errors import ConfigError, SetupError
+from trainer.export.beside import write_beside
 from trainer.export.compare import compare
 from trainer.export.sealed import identity_from, seal, unseal
 from trainer.export.weights import write_weights
-from trainer.formats import Format
 from trainer.formats.catalogue import format_of
-
-if TYPE_CHECKING:
-    from trainer.restore import FoundRun
 
 
 @dataclass(frozen=True)
@@ -92,9 +87,7 @@ def _write(options: ExportOptions, folder: Path) -> str:
     form, dtype = format_of(found.config.model, found.tokenizer), DTYPES[Precision(options.dtype)]
     with Reader(found.checkpoint) as reader:
         files = write_weights(reader, form, folder, dtype, int(options.max_shard_gb * 1e9))
-    _write_json(folder / "config.json", {**form.config, "dtype": str(dtype).removeprefix("torch.")})
-    _write_tokenizer(folder, found, form)
-    (folder / "README.md").write_text(_card(found, form), encoding="utf-8")
+    write_beside(folder, found, form, str(dtype).removeprefix("torch."))
     told = f"{form.architecture}, {sum(path.stat().st_size for path in files):,} bytes of weights in {len(files)} files"
     if options.compare:
         difference = compare(load_model(found), form, folder, dtype)
@@ -103,33 +96,6 @@ def _write(options: ExportOptions, folder: Path) -> str:
         seal(files, identity)
         told += "; weights encrypted (age)"
     return told
-
-
-def _write_tokenizer(folder: Path, found: FoundRun, form: Format) -> None:
-    """tokenizer.json as the run has it, and what transformers wants to know besides."""
-    tokenizer = found.tokenizer
-    if tokenizer is None:
-        return
-    tokenizer.save(folder / "tokenizer.json")
-    tokens = {"pad_token": tokenizer.pad_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    named = {name: tokenizer.token_of(id_) for name, id_ in tokens.items()}
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})
-    special = {key: value for key, value in form.config.items() if key.endswith("_token_id")}
-    _write_json(folder / "generation_config.json", special)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _card(found: FoundRun, form: Format) -> str:
-    """The model card: where the weights come from."""
-    task = found.config.task["_target_"].rpartition(".")[2]
-    return (
-        f"---\nlibrary_name: transformers\n---\n\n# {found.config.name}\n\n"
-        f"{form.architecture}, trained by Shardwright for {found.checkpoint.state.step:,} steps on"
-        f" {found.checkpoint.state.tokens:,} target tokens (task {task}, seed {found.config.seed}).\n"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,7 @@
-"""T5 (Raffel et al. 2020): v1.1 has a gated feed-forward and a head of its own, T5 ReLU and a tied one."""
+"""T5 (Raffel et al. 2020) and mT5 (Xue et al. 2021), which has its shape.
+
+T5 v1.1 has a gated feed-forward and a head of its own, T5 ReLU and a tied one.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,18 @@ _T5 = {
     "head_bias": False,
     "scale_attention": False,
     "scale_embeddings": False,
+    "scale_tied_head": True,
+    "embedding_norm": False,
 }
 """What makes an encoder-decoder a T5."""
+
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "silu", "geglu": "gated-gelu", "swiglu": "gated-silu"}
+"""Ours: theirs."""
 
 
 def obstacles(given: Mapping[str, Any]) -> list[str]:
     """See `trainer.formats`."""
-    others = [f"model.{key}={given[key]} (T5: {value})" for key, value in _T5.items() if given[key] != value]
-    if given["activation"] not in ("relu", "geglu"):
-        others.append(f"model.activation={given['activation']} (T5: relu or geglu)")
-    return others
+    return [f"model.{key}={given[key]} (T5: {value})" for key, value in _T5.items() if given[key] != value]
 
 
 def describe(given: Mapping[str, Any]) -> Format:
@@ -46,8 +51,8 @@ def describe(given: Mapping[str, Any]) -> Format:
         "relative_attention_num_buckets": given["relative_buckets"],
         "relative_attention_max_distance": given["relative_max_distance"],
         "dropout_rate": given["dropout"],
-        "layer_norm_epsilon": 1e-6,
-        "feed_forward_proj": "gated-gelu" if given["activation"] == "geglu" else "relu",
+        "layer_norm_epsilon": given["norm_eps"],
+        "feed_forward_proj": _ACTIVATIONS[given["activation"]],
         "tie_word_embeddings": given["tie_embeddings"],
         "scale_decoder_outputs": given["tie_embeddings"],
     }
@@ -72,7 +77,7 @@ def describe(given: Mapping[str, Any]) -> Format:
                 yield from attention(f"{theirs}.1.EncDecAttention", f"{ours}.cross_attention", cross=True)
             last = f"{theirs}.{2 if side == 'decoder' else 1}"
             yield Tensor(f"{last}.layer_norm.weight", f"{ours}.feed_forward_norm.weight")
-            gated = given["activation"] == "geglu"
+            gated = given["activation"] in ("geglu", "swiglu")
             names = {"wi_0": "gate", "wi_1": "w_in", "wo": "w_out"} if gated else {"wi": "w_in", "wo": "w_out"}
             for name, own in names.items():
                 yield Tensor(f"{last}.DenseReluDense.{name}.weight", f"{ours}.feed_forward.{own}.weight")
@@ -88,19 +93,20 @@ def describe(given: Mapping[str, Any]) -> Format:
     twins = {f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")}
     if given["tie_embeddings"]:
         twins["lm_head.weight"] = "shared.weight"
+    else:  # one table in both places, as transformers 5 makes it: then it is saved once
+        twins["shared.weight"] = "lm_head.weight"
     return Format("T5ForConditionalGeneration", config, list(tensors()), twins=twins)
-
-
-_ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu"}
 
 
 def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     """See `trainer.formats`."""
-    activation = _ACTIVATIONS.get(config.get("feed_forward_proj", "relu"))
+    multilingual = config["model_type"] == "mt5"
+    activations = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
+    activation = activations.get(config.get("feed_forward_proj", "gated-gelu" if multilingual else "relu"))
     if activation is None:
         raise ConfigError(
             f"config.json: our EncoderDecoder has no feed_forward_proj={config['feed_forward_proj']}; it has"
-            f" {', '.join(_ACTIVATIONS)}. Train it with model=hf."
+            f" {', '.join(activations)}. Train it with model=hf."
         )
     dropout = config.get("dropout_rate", 0.1)
     return {
@@ -118,8 +124,10 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
         "activation": activation,
         "relative_buckets": config.get("relative_attention_num_buckets", 32),
         "relative_max_distance": config.get("relative_attention_max_distance", 128),
-        # transformers 5 writes tie_word_embeddings=true for all, and scales where the head is tied indeed
-        "tie_embeddings": config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)),
+        "norm_eps": config.get("layer_norm_epsilon", 1e-6),
+        # transformers 5 writes tie_word_embeddings=true for all, and scales where the head is tied indeed; mT5 is never
+        "tie_embeddings": not multilingual
+        and config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)),
         "max_positions": None,
         **_T5,
     }

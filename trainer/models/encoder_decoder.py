@@ -1,8 +1,10 @@
-"""The Transformer encoder-decoder (Vaswani et al. 2017), with choices that make it a T5 v1.1 (Raffel et al. 2020)."""
+"""The Transformer encoder-decoder (Vaswani et al. 2017), with choices that make it a T5 (Raffel et al. 2020), a BART
+(Lewis et al. 2020) or a Marian (Junczys-Dowmunt et al. 2018)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -27,7 +29,7 @@ from trainer.models.layers import (
 )
 from trainer.models.positions import RelativeBias, sinusoidal
 
-PositionKind = Literal["sinusoidal", "learned", "relative"]
+PositionKind = Literal["sinusoidal", "sinusoidal_halves", "learned", "relative"]
 
 
 class Layer(nn.Module):
@@ -41,7 +43,7 @@ class Layer(nn.Module):
         d_kv: int,
         *,
         cross: bool,
-        norm: NormKind,
+        new_norm: Callable[[], nn.Module],
         pre_norm: bool,
         activation: Activation,
         bias: bool,
@@ -61,11 +63,11 @@ class Layer(nn.Module):
             "scaled": scaled,
             "dropout": attention_dropout,
         }
-        self.self_norm = make_norm(norm, d_model, bias)
+        self.self_norm = new_norm()
         self.self_attention = SelfAttention(d_model, num_heads, **attention)
-        self.cross_norm = make_norm(norm, d_model, bias) if cross else None
+        self.cross_norm = new_norm() if cross else None
         self.cross_attention = CrossAttention(d_model, num_heads, **attention) if cross else None
-        self.feed_forward_norm = make_norm(norm, d_model, bias)
+        self.feed_forward_norm = new_norm()
         self.feed_forward = FeedForward(
             d_model,
             d_ff,
@@ -114,14 +116,18 @@ class EncoderDecoder(Model):
     """Encoder and decoder stacks over one shared vocabulary.
 
     T5 v1.1 is positions="relative", norm="rms", activation="geglu", tie_embeddings=False, bias=False,
-    scale_attention=False, scale_embeddings=False.
+    scale_attention=False, scale_embeddings=False. BART is positions="learned", norm_position="post", norm_eps=1e-5,
+    activation="gelu", embedding_norm=True, head_bias=True, scale_embeddings=False, scale_tied_head=False. Marian is
+    positions="sinusoidal_halves", norm_position="post", norm_eps=1e-5, activation="silu", head_bias=True.
 
     vocab_size, d_model, num_heads, d_ff, encoder_layers, decoder_layers: the shape; d_kv: size of a head (None: d_model
     / num_heads). dropout: of embeddings and sub-layer outputs; attention_dropout: of attention weights;
-    activation_dropout: inside the feed-forward. bias: of projections and norms; head_bias: of the output head.
-    scale_attention: scores / sqrt(d_kv). scale_embeddings: token vectors x sqrt(d_model), with initial deviation 1 /
-    sqrt(d_model); without it the deviation is 1 and a tied head divides by sqrt(d_model) instead. max_positions:
-    longest source or target (None: any, not for "learned").
+    activation_dropout: inside the feed-forward. norm_eps: added to the variance by the norms; embedding_norm: a norm of
+    the embedded sequences. bias: of projections and norms; head_bias: of the output head. scale_attention: scores /
+    sqrt(d_kv). scale_embeddings: token vectors x sqrt(d_model), with initial deviation 1 / sqrt(d_model); without it
+    the deviation is 1 and a tied head divides by sqrt(d_model) instead, unless scale_tied_head is False: neither is
+    scaled then, and the deviation is 1 / sqrt(d_model). max_positions: longest source or target (None: any, not for
+    "learned").
     """
 
     packs_rows = True
@@ -141,6 +147,8 @@ class EncoderDecoder(Model):
         activation_dropout: float = 0.0,
         norm: NormKind = "layer",
         norm_position: Literal["pre", "post"] = "pre",
+        norm_eps: float = 1e-6,
+        embedding_norm: bool = False,
         activation: Activation = "relu",
         positions: PositionKind = "sinusoidal",
         relative_buckets: int = 32,
@@ -150,6 +158,7 @@ class EncoderDecoder(Model):
         head_bias: bool = False,
         scale_attention: bool = True,
         scale_embeddings: bool = True,
+        scale_tied_head: bool = True,
         max_positions: int | None = 512,
     ) -> None:
         super().__init__()
@@ -157,46 +166,42 @@ class EncoderDecoder(Model):
         d_kv = d_kv or d_model // num_heads
         self.overflows_in_fp16 = positions == "relative" and norm == "rms"  # T5
         self.vocab_size, self.max_positions = vocab_size, max_positions
-        self.d_model = d_model
-        self.inner_size = num_heads * d_kv
-        self.dropout = dropout
-        self.kind = positions
-        self.pre_norm = norm_position == "pre"
+        self.d_model, self.inner_size = d_model, num_heads * d_kv
+        self.dropout, self.kind = dropout, positions
+        std, pre_norm = d_model**-0.5, norm_position == "pre"
+        wide = scale_tied_head and not scale_embeddings  # token vectors of deviation 1
         self.embedding_scale = d_model**0.5 if scale_embeddings else 1.0
-        self.tied_scale = 1.0 if scale_embeddings else d_model**-0.5
-        std = d_model**-0.5
-        embedding_std = std if scale_embeddings else 1.0
-        self.embedding = TokenEmbedding(vocab_size, d_model, embedding_std, head_bias=head_bias and tie_embeddings)
+        self.tied_scale = std if wide else 1.0
+        self.embedding = TokenEmbedding(vocab_size, d_model, 1.0 if wide else std, head_bias and tie_embeddings)
         self.head = None if tie_embeddings else Projection(d_model, [(vocab_size, std)], head_bias)
 
-        def layer(cross: bool) -> Layer:
-            return Layer(
-                d_model,
-                num_heads,
-                d_ff,
-                d_kv,
-                cross=cross,
-                norm=norm,
-                pre_norm=self.pre_norm,
-                activation=activation,
-                bias=bias,
-                scaled=scale_attention,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                activation_dropout=activation_dropout,
-            )
+        new_norm = partial(make_norm, norm, d_model, bias, norm_eps)
+        new_layer = partial(
+            Layer,
+            *(d_model, num_heads, d_ff, d_kv),
+            new_norm=new_norm,
+            pre_norm=pre_norm,
+            activation=activation,
+            bias=bias,
+            scaled=scale_attention,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            activation_dropout=activation_dropout,
+        )
 
-        def make_positions(bidirectional: bool) -> nn.Module | None:
+        def new_positions(bidirectional: bool) -> nn.Module | None:
             if positions == "relative":
                 return RelativeBias(num_heads, relative_buckets, relative_max_distance, bidirectional, std)
             return PositionEmbedding(max_positions or 0, d_model, 0.02) if positions == "learned" else None
 
-        self.encoder_positions = make_positions(bidirectional=True)
-        self.encoder = nn.ModuleList(layer(cross=False) for _ in range(encoder_layers))
-        self.encoder_norm = make_norm(norm, d_model, bias) if self.pre_norm else None
-        self.decoder_positions = make_positions(bidirectional=False)
-        self.decoder = nn.ModuleList(layer(cross=True) for _ in range(decoder_layers))
-        self.decoder_norm = make_norm(norm, d_model, bias) if self.pre_norm else None
+        self.encoder_positions = new_positions(bidirectional=True)
+        self.encoder_embedding_norm = new_norm() if embedding_norm else None
+        self.encoder = nn.ModuleList(new_layer(cross=False) for _ in range(encoder_layers))
+        self.encoder_norm = new_norm() if pre_norm else None
+        self.decoder_positions = new_positions(bidirectional=False)
+        self.decoder_embedding_norm = new_norm() if embedding_norm else None
+        self.decoder = nn.ModuleList(new_layer(cross=True) for _ in range(decoder_layers))
+        self.decoder_norm = new_norm() if pre_norm else None
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """source_ids [B,S], source_mask [B,S], decoder_input_ids [B,T] -> logits [B,T,V].
@@ -205,7 +210,7 @@ class EncoderDecoder(Model):
         """
         memory, memory_bias = self._encode(batch)
         position_ids, segments = batch.get("target_position_ids"), batch.get("target_segment_ids")
-        x, bias = self._embed(batch["decoder_input_ids"], self.decoder_positions, 0, position_ids)
+        x, bias = self._embed(batch["decoder_input_ids"], "decoder", 0, position_ids)
         if segments is not None:
             within = segment_bias(segments, segments, x.dtype, causal=True)
             bias = within if bias is None else bias + within
@@ -220,7 +225,7 @@ class EncoderDecoder(Model):
     def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Memory [B,S,d_model] and what hides it from targets: its padding bias [B,1,1,S], of packed rows [B,1,T,S]."""
         position_ids, segments = batch.get("source_position_ids"), batch.get("source_segment_ids")
-        x, bias = self._embed(batch["source_ids"], self.encoder_positions, 0, position_ids)
+        x, bias = self._embed(batch["source_ids"], "encoder", 0, position_ids)
         if segments is None:
             within = memory_bias = padding_bias(batch["source_mask"], x.dtype)
         else:
@@ -233,29 +238,33 @@ class EncoderDecoder(Model):
         return self._finish(x, self.encoder_norm), memory_bias
 
     def _embed(
-        self, ids: Tensor, positions: nn.Module | None, start: int, position_ids: Tensor | None = None
+        self, ids: Tensor, side: Literal["encoder", "decoder"], start: int, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Vectors [B,T,d_model] of ids from position `start` on, and the relative bias [1,H,T,start+T].
 
         Absolute positions of packed rows are `position_ids` [B,T] instead; distances are the same in a row.
         """
+        positions, norm = (
+            (self.encoder_positions, self.encoder_embedding_norm)
+            if side == "encoder"
+            else (self.decoder_positions, self.decoder_embedding_norm)
+        )
         x: Tensor = self.embedding(ids)
-        length = ids.shape[1]
+        length, bias = ids.shape[1], None
         if self.kind == "relative":
             assert positions is not None
             bias = positions(start, length, start + length, ids.device)
             x = x * self.embedding_scale if self.embedding_scale != 1.0 else x
         else:
-            bias = None
             table = (
-                sinusoidal(start, length, self.d_model, x.dtype, x.device)
+                sinusoidal(start, length, self.d_model, x.dtype, x.device, self.kind == "sinusoidal_halves")
                 if positions is None
                 else positions(start, length)
             )
             if position_ids is not None:
                 table = F.embedding(position_ids, table)
             x = torch.add(table, x, alpha=self.embedding_scale)
-        return dropout(x, self.dropout, self.training), bias
+        return dropout(x if norm is None else norm(x), self.dropout, self.training), bias
 
     def _finish(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         return x if norm is None else dropout(norm(x), self.dropout, self.training)
@@ -279,7 +288,7 @@ class EncoderDecoder(Model):
         """token_ids [R] at the next position -> logits [R,V] of the one after it."""
         assert state.memory is not None
         cache = state.cache
-        x, bias = self._embed(token_ids[:, None], self.decoder_positions, start=cache.length)
+        x, bias = self._embed(token_ids[:, None], "decoder", start=cache.length)
         for index, layer in enumerate(self.decoder):
             x = layer(
                 x,
@@ -316,7 +325,7 @@ def _check(d_model: int, num_heads: int, d_kv: int | None, positions: PositionKi
         )
     if positions == "learned" and max_positions is None:
         problems.append("model.positions=learned needs model.max_positions: the size of its table; set a number.")
-    if positions == "sinusoidal" and d_model % 2:
+    if positions in ("sinusoidal", "sinusoidal_halves") and d_model % 2:
         problems.append(f"model.d_model={d_model} is odd, but sinusoidal positions come in pairs; use an even number.")
     if problems:
         raise ConfigError(*problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NormKind = Literal["layer", "rms"]
-Activation = Literal["relu", "gelu", "geglu", "swiglu"]
+Activation = Literal["relu", "gelu", "silu", "geglu", "swiglu"]
 
 
 def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None:
@@ -84,9 +84,9 @@ class PositionEmbedding(nn.Module):
         return self.weight[start : start + length]
 
 
-def make_norm(kind: NormKind, d_model: int, bias: bool = True) -> nn.Module:
+def make_norm(kind: NormKind, d_model: int, bias: bool = True, eps: float = 1e-6) -> nn.Module:
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension."""
-    return RMSNorm(d_model, eps=1e-6) if kind == "rms" else nn.LayerNorm(d_model, eps=1e-6, bias=bias)
+    return RMSNorm(d_model, eps=eps) if kind == "rms" else nn.LayerNorm(d_model, eps=eps, bias=bias)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -120,6 +120,9 @@ class RMSNorm(nn.RMSNorm):
         return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
+_UNGATED: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
 class FeedForward(nn.Module):
     """w_out(dropout(activation(w_in x))); gated: w_out(dropout(gelu or silu(gate x) * w_in x)) (Shazeer 2020)."""
 
@@ -149,7 +152,7 @@ class FeedForward(nn.Module):
             gate = self.gate(x)
             hidden = (F.silu(gate) if self.activation == "swiglu" else F.gelu(gate, approximate="tanh")) * hidden
         else:
-            hidden = F.relu(hidden) if self.activation == "relu" else F.gelu(hidden)
+            hidden = _UNGATED[self.activation](hidden)
         out: Tensor = self.w_out(dropout(hidden, self.dropout, self.training))
         return out
 

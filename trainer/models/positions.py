@@ -23,16 +23,24 @@ def _rounded_up(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 
-def sinusoidal(start: int, length: int, d_model: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[length, d_model] for positions from `start` on: sin in even, cos in odd dimensions (Vaswani et al. 2017)."""
-    return _sinusoidal_table(_rounded_up(start + length), d_model, dtype, device)[start : start + length]
+def sinusoidal(
+    start: int, length: int, d_model: int, dtype: torch.dtype, device: torch.device, halves: bool = False
+) -> Tensor:
+    """[length, d_model] for positions from `start` on: sin in even, cos in odd dimensions (Vaswani et al. 2017).
+
+    halves: all sines in the first half of the dimensions and all cosines in the second, as Marian has them.
+    """
+    return _sinusoidal_table(_rounded_up(start + length), d_model, dtype, device, halves)[start : start + length]
 
 
 @lru_cache(maxsize=16)
-def _sinusoidal_table(length: int, d_model: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _sinusoidal_table(
+    length: int, d_model: int, dtype: torch.dtype, device: torch.device, halves: bool = False
+) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         angles = _angles(length, d_model, 10_000.0, device)
-        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).to(dtype)
+        waves = (angles.sin(), angles.cos())
+        return (torch.cat(waves, dim=-1) if halves else torch.stack(waves, dim=-1).flatten(1)).to(dtype)
 
 
 def rotary_tables(

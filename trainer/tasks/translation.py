@@ -19,6 +19,7 @@ from trainer.tasks.text import (
     number_segments,
     pack_rows,
     pad_rows,
+    start_id,
     text_at,
 )
 
@@ -33,7 +34,8 @@ class Translation:
 
     max_source_length, max_target_length: tokens with the end-of-sentence token; a longer record is skipped, or cut with
     overlong="truncate". beam_size, length_penalty: of the beam search in evaluation. bleu_tokenize: sacreBLEU's
-    tokenizer ("13a"; "zh", "ja-mecab", "char" for languages without spaces).
+    tokenizer ("13a"; "zh", "ja-mecab", "char" for languages without spaces). start_token: what a target begins with
+    (None: the tokenizer's begin token); weights that others trained want theirs, BART's "</s>".
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Translation:
         max_target_length: int = 128,
         overlong: str = "skip",
         bleu_tokenize: str = "13a",
+        start_token: str | None = None,
     ) -> None:
         """Raises ConfigError for options that cannot be."""
         check_overlong(overlong)
@@ -59,6 +62,7 @@ class Translation:
                 raise ConfigError(f"task.{key}={value}: a sentence takes at least 2 tokens, one of them the end.")
         self.required_columns = (source_column, target_column)
         self.max_length = max(max_source_length, max_target_length)
+        self.start_id = start_id(tokenizer, start_token)
         self._tokenizer = tokenizer
         self._source_column = source_column
         self._target_column = target_column
@@ -106,7 +110,7 @@ class Translation:
         targets = [sample.fields["target_ids"] for sample in samples]
         labels = pad_rows(targets, IGNORE)
         decoder_input = np.full_like(labels, self._tokenizer.pad_id)
-        decoder_input[:, 0] = self._tokenizer.bos_id
+        decoder_input[:, 0] = self.start_id
         decoder_input[:, 1:] = np.where(labels[:, 1:] == IGNORE, self._tokenizer.pad_id, labels[:, :-1])
         batch = self._collate_sources(samples)
         batch["decoder_input_ids"] = torch.from_numpy(decoder_input)
@@ -127,15 +131,17 @@ class Translation:
     def collate_rows(self, rows: Sequence[Sequence[Encoded]], row_lengths: tuple[int, ...]) -> Batch:
         """`collate`'s fields, and `source_segment_ids`, `source_position_ids` [B,S] int64, `target_...` [B,T] int64.
 
-        S, T = `row_lengths`. Each target begins with the begin token in `decoder_input_ids`.
+        S, T = `row_lengths`. Each target begins with the start token in `decoder_input_ids`.
         """
-        pad, bos = self._tokenizer.pad_id, self._tokenizer.bos_id
+        pad, start = self._tokenizer.pad_id, self.start_id
         sources = [[sample.fields["source_ids"] for sample in row] for row in rows]
         targets = [[sample.fields["target_ids"] for sample in row] for row in rows]
         source_segments, source_positions = number_segments([[*map(len, row)] for row in sources], row_lengths[0])
         target_segments, target_positions = number_segments([[*map(len, row)] for row in targets], row_lengths[1])
         labels = pack_rows(targets, row_lengths[1], IGNORE)
-        decoder_input = np.select([target_segments == 0, target_positions == 0], [pad, bos], np.roll(labels, 1, axis=1))
+        decoder_input = np.select(
+            [target_segments == 0, target_positions == 0], [pad, start], np.roll(labels, 1, axis=1)
+        )
         arrays = {
             "source_ids": pack_rows(sources, row_lengths[0], pad),
             "source_mask": source_segments > 0,
@@ -202,7 +208,7 @@ class Translation:
         )
         tokenizer = self._tokenizer
         ids = beam_search(
-            model, batch, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, options, all_finished=all_finished
+            model, batch, self.start_id, tokenizer.eos_id, tokenizer.pad_id, options, all_finished=all_finished
         )
         return [text.strip() for text in tokenizer.decode_batch(ids)]
 

@@ -1,0 +1,121 @@
+"""What an exported folder has beside the weights: config.json, the tokenizer, how text is generated, and the card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.data.tokenizer import Tokenizer
+from trainer.formats import Format
+from trainer.tasks.text import start_id
+
+if TYPE_CHECKING:
+    from trainer.restore import FoundRun
+
+
+def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str) -> None:
+    """Write all of it. dtype: of the weights, as torch calls it."""
+    special = _special_tokens(found, form)
+    _write_json(folder / "config.json", {**form.config, **special, "dtype": dtype})
+    if found.tokenizer is not None:
+        pairs = bool(form.config.get("is_encoder_decoder"))
+        _write_tokenizer(folder, found.tokenizer, ends_texts=pairs)
+        _write_json(folder / "generation_config.json", {**special, **_generation(found, pairs)})
+    (folder / "README.md").write_text(_card(found, form), encoding="utf-8")
+
+
+def _special_tokens(found: FoundRun, form: Format) -> dict[str, Any]:
+    special = {key: value for key, value in form.config.items() if key.endswith("_token_id")}
+    if found.tokenizer is not None and form.config.get("is_encoder_decoder"):
+        special["decoder_start_token_id"] = start_id(found.tokenizer, found.config.task.get("start_token"))
+    return special
+
+
+def _generation(found: FoundRun, pairs: bool) -> dict[str, Any]:
+    """What the task says of its beam search, in transformers' words; padding is never written, as here.
+
+    The lengths of encoder-decoders count the token that a target begins with. The length penalty goes by another
+    formula there, |Y|^alpha.
+    """
+    if not pairs or found.tokenizer is None:
+        return {}
+    task, pad = found.config.task, found.tokenizer.pad_id
+    told: dict[str, Any] = {"do_sample": False}
+    if "max_target_length" in task:
+        told["max_length"] = task["max_target_length"] + 1
+    if "beam_size" in task:
+        told |= {"num_beams": task["beam_size"], "early_stopping": False}
+    if "length_penalty" in task and task.get("beam_size", 1) > 1:
+        told["length_penalty"] = task["length_penalty"]
+    return told if pad == found.tokenizer.eos_id else {**told, "suppress_tokens": [pad]}
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, ends_texts: bool) -> None:
+    """tokenizer.json as the run has it, and what transformers wants to know besides.
+
+    ends_texts: the end token follows each text, as the tasks of encoder-decoders have it.
+    """
+    tokenizer.save(folder / "tokenizer.json")
+    tokens = {"pad_token": tokenizer.pad_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    named = {name: tokenizer.token_of(id_) for name, id_ in tokens.items()}
+    if ends_texts:
+        ending = {"post_processor": _ending(named["eos_token"], tokenizer.eos_id)}
+        _write_json(folder / "tokenizer.json", {**json.loads(tokenizer.to_json()), **ending})
+    more = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    _write_json(folder / "tokenizer_config.json", {**more, **named})
+
+
+def _ending(name: str, id_: int) -> dict[str, Any]:
+    """The post-processor of the library `tokenizers` that writes the end token after a text, or after each of two."""
+    texts = [{"Sequence": {"id": text, "type_id": 0}} for text in "AB"]
+    end = {"SpecialToken": {"id": name, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [texts[0], end],
+        "pair": [texts[0], end, texts[1], end],
+        "special_tokens": {name: {"id": name, "ids": [id_], "tokens": [name]}},
+    }
+
+
+def _card(found: FoundRun, form: Format) -> str:
+    """The model card: where the weights come from, what they were trained on, and how well they did."""
+    config, state = found.config, found.checkpoint.state
+    parts = [
+        f"---\nlibrary_name: transformers\n---\n\n# {config.name}\n\n"
+        f"{form.architecture}, trained by Shardwright for {state.step:,} steps on {state.tokens:,} target tokens"
+        f" (task {config.task['_target_'].rpartition('.')[2]}, seed {config.seed})."
+    ]
+    if config.init_from is not None:
+        parts.append(f"The first weights were those of {config.init_from}.")
+    parts.append("## Data\n\n" + "\n".join(f"* {line}" for line in _data(config.data)))
+    if found.directory.evaluation.is_file():
+        parts.append(_scores(json.loads(found.directory.evaluation.read_text(encoding="utf-8"))))
+    return "\n\n".join(parts) + "\n"
+
+
+def _data(data: Mapping[str, Any]) -> list[str]:
+    sources = data.get("sources") or {"": data}
+    return [
+        " ".join(str(part) for part in (f"{name}:" if name else "", given.get("path"), given.get("name")) if part)
+        for name, given in sources.items()
+    ]
+
+
+def _scores(evaluation: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {name.removeprefix('eval/')} | {f'{value:.4g}' if isinstance(value, float) else value} |"
+        for name, value in evaluation.items()
+        if name not in ("step", "split")
+    ]
+    title = f"## Evaluation\n\nOf the {evaluation['split']} split, after step {evaluation['step']:,}.\n\n"
+    return title + "\n".join(["| metric | value |", "|---|---|", *rows])
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
