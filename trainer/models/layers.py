@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NormKind = Literal["layer", "rms"]
-Activation = Literal["relu", "gelu", "geglu", "swiglu"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "geglu", "swiglu"]
 
 
 def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None:
@@ -84,9 +84,9 @@ class PositionEmbedding(nn.Module):
         return self.weight[start : start + length]
 
 
-def make_norm(kind: NormKind, d_model: int, bias: bool = True) -> nn.Module:
+def make_norm(kind: NormKind, d_model: int, bias: bool = True, eps: float = 1e-6) -> nn.Module:
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension."""
-    return RMSNorm(d_model, eps=1e-6) if kind == "rms" else nn.LayerNorm(d_model, eps=1e-6, bias=bias)
+    return RMSNorm(d_model, eps=eps) if kind == "rms" else nn.LayerNorm(d_model, eps=eps, bias=bias)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -115,9 +115,13 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model]."""
+        return self.scaled_by(self.weight, x)
+
+    def scaled_by(self, weight: Tensor, x: Tensor) -> Tensor:
+        """`forward` with another weight, such as this one with a gradient that is summed over ranks."""
         if x.device.type != "cpu":
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class FeedForward(nn.Module):
@@ -149,7 +153,8 @@ class FeedForward(nn.Module):
             gate = self.gate(x)
             hidden = (F.silu(gate) if self.activation == "swiglu" else F.gelu(gate, approximate="tanh")) * hidden
         else:
-            hidden = F.relu(hidden) if self.activation == "relu" else F.gelu(hidden)
+            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+            hidden = F.relu(hidden) if self.activation == "relu" else F.gelu(hidden, approximate=approximate)
         out: Tensor = self.w_out(dropout(hidden, self.dropout, self.training))
         return out
 
