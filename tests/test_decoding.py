@@ -87,8 +87,9 @@ def test_the_length_penalty_can_change_the_winner():
     assert min(lengths) < max(lengths)
 
 
+@pytest.mark.parametrize("length_penalty", [0.6, 9.0])
 @pytest.mark.parametrize("kind", ["transformer", "lstm"])
-def test_one_beam_is_the_greedy_path(kind):
+def test_one_beam_is_the_greedy_path(kind, length_penalty):
     model, batch = tiny_model(20, kind=kind), sources([7, 2, 5], 20)
     greedy = []
     with torch.inference_mode():
@@ -99,7 +100,7 @@ def test_one_beam_is_the_greedy_path(kind):
                 logits[PAD] = -torch.inf
                 ids.append(int(logits.argmax()))
             greedy.append([token for token in ids[1:] if token != EOS])
-    assert search(model, batch, beam_size=1, max_length=10) == greedy
+    assert search(model, batch, beam_size=1, max_length=10, length_penalty=length_penalty) == greedy
 
 
 @pytest.mark.parametrize("kind", ["transformer", "lstm"])

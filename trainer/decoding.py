@@ -241,6 +241,8 @@ class _Beams:
         scores, chosen = scores.topk(min(self._options.beam_size, scores.shape[1]), dim=1)
         parents, tokens = parents.gather(1, chosen), tokens.gather(1, chosen)
         hopeless = self._best_scores >= scores[:, 0] / self._penalty(self._limits)
+        if self._options.beam_size == 1:  # greedy: it does not go on with the runner-up of the end token
+            hopeless |= ended[:, 0]
         kept = (~(hopeless | at_limit)).nonzero()[:, 0]
         rows = (kept[:, None] * self._tokens.shape[1] + parents[kept]).flatten()
         same_rows = len(rows) == len(self._last_ids) and bool((rows[1:] > rows[:-1]).all())

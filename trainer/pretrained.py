@@ -183,11 +183,26 @@ def _check_config(folder: Path, model: Mapping[str, Any]) -> None:
     differing = {
         key: value
         for key, value in theirs.items()
-        if not _FREE_TO_CHOOSE.search(key) and model.get(key, value) != value
+        if not _FREE_TO_CHOOSE.search(key) and model.get(key, value) != value and _matters(model, key, value)
     }
     if differing:
-        words = " ".join(f"model.{key}={'null' if value is None else value}" for key, value in differing.items())
+        words = " ".join(f"model.{key}={_in_yaml(value)}" for key, value in differing.items())
         raise ConfigError(f"init_from: {folder} is of another model than the configuration's; set {words}.")
+
+
+def _matters(model: Mapping[str, Any], key: str, value: Any) -> bool:
+    """Whether another value makes it another model: null may stand for what a number says."""
+    try:
+        return format_of({**model, key: value}, None).config != format_of(model, None).config
+    except ConfigError:  # the model has no counterpart, so neither is known to be the same
+        return True
+
+
+def _in_yaml(value: Any) -> str:
+    """A value as a word of the command line."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_in_yaml(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value) if isinstance(value, bool | None) else str(value)
 
 
 def _check(place: Path, found: Shapes, wanted: Mapping[str, list[int]], ignored: Sequence[str] = ()) -> None:
