@@ -54,25 +54,28 @@ def search(model, batch, **options):
         return beam_search(model, batch, BOS, EOS, PAD, BeamOptions(**options), all_finished=all_finished)
 
 
-def score(model, batch, ids, length_penalty):
+def score(model, batch, ids, length_penalty, kind="gnmt"):
     """log P of `ids` (with its end token, where it has one) over the penalty, by one uncached forward pass."""
     with torch.inference_mode():
         logits = model({**batch, "decoder_input_ids": torch.tensor([[BOS, *ids[:-1]]])})[0]
     log_probs = logits.index_fill(1, torch.tensor([PAD]), -torch.inf).log_softmax(-1)
     total = sum(float(log_probs[position, token]) for position, token in enumerate(ids))
-    return total / ((5 + len(ids)) / 6) ** length_penalty
+    return total / ((5 + len(ids)) / 6 if kind == "gnmt" else len(ids)) ** length_penalty
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize(
+    ("length_penalty", "kind"), [(0.0, "gnmt"), (0.6, "gnmt"), (2.0, "gnmt"), (0.6, "power"), (2.0, "power")]
+)
 @pytest.mark.parametrize("seed", range(4))
-def test_a_beam_wide_enough_for_everything_finds_what_brute_force_finds(length_penalty, seed):
+def test_a_beam_wide_enough_for_everything_finds_what_brute_force_finds(length_penalty, kind, seed):
     model, batch, longest = tiny_model(seed=seed), sources([3], seed=seed), 4
     words = [token for token in range(5) if token not in (PAD, EOS)]
     everything = [[*prefix, EOS] for length in range(longest) for prefix in itertools.product(words, repeat=length)] + [
         list(whole) for whole in itertools.product(words, repeat=longest)
     ]
-    best = max(everything, key=lambda ids: score(model, batch, ids, length_penalty))
-    found = search(model, batch, beam_size=5**longest, max_length=longest, length_penalty=length_penalty)
+    best = max(everything, key=lambda ids: score(model, batch, ids, length_penalty, kind))
+    penalty = {"length_penalty": length_penalty, "length_penalty_kind": kind}
+    found = search(model, batch, beam_size=5**longest, max_length=longest, **penalty)
     assert found == [[token for token in best if token != EOS]]
 
 
@@ -84,8 +87,9 @@ def test_the_length_penalty_can_change_the_winner():
     assert min(lengths) < max(lengths)
 
 
+@pytest.mark.parametrize("length_penalty", [0.6, 9.0])
 @pytest.mark.parametrize("kind", ["transformer", "lstm"])
-def test_one_beam_is_the_greedy_path(kind):
+def test_one_beam_is_the_greedy_path(kind, length_penalty):
     model, batch = tiny_model(20, kind=kind), sources([7, 2, 5], 20)
     greedy = []
     with torch.inference_mode():
@@ -96,7 +100,7 @@ def test_one_beam_is_the_greedy_path(kind):
                 logits[PAD] = -torch.inf
                 ids.append(int(logits.argmax()))
             greedy.append([token for token in ids[1:] if token != EOS])
-    assert search(model, batch, beam_size=1, max_length=10) == greedy
+    assert search(model, batch, beam_size=1, max_length=10, length_penalty=length_penalty) == greedy
 
 
 @pytest.mark.parametrize("kind", ["transformer", "lstm"])
@@ -240,6 +244,7 @@ def test_prompts_of_different_lengths_continue_as_if_alone():
         ({"beam_size": 0}, "beam_size=0"),
         ({"max_length": 0}, "max_length=0"),
         ({"length_penalty": -1.0}, "length_penalty=-1.0"),
+        ({"length_penalty_kind": "other"}, "length_penalty_kind=other .* gnmt or power"),
     ],
 )
 def test_impossible_beam_options_are_refused(options, named):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ class BeamOptions:
     """beam_size: hypotheses kept open per sentence, 1 = greedy; max_length: tokens at most, the end token included.
 
     max_length_ratio: if set, also at most this times the source's length + `max_length_offset`.
-    length_penalty: alpha in log P(Y) / ((5 + |Y|) / 6)^alpha, |Y| counting the end token (Wu et al. 2016, eq. 14); 0 =
-    none.
+    length_penalty: alpha; hypotheses are ranked by log P(Y) / penalty, 0 = none. length_penalty_kind: "gnmt" divides by
+    ((5 + |Y|) / 6)^alpha (Wu et al. 2016, eq. 14), "power" by |Y|^alpha, as transformers does; |Y| counts the end
+    token. The search being exact (see `beam_search`), "power" finds what transformers does with early_stopping="never".
     """
 
     beam_size: int = 4
@@ -36,6 +38,7 @@ class BeamOptions:
     max_length_ratio: float | None = None
     max_length_offset: int = 10
     length_penalty: float = 0.6
+    length_penalty_kind: Literal["gnmt", "power"] = "gnmt"
 
     def __post_init__(self) -> None:
         problems = []
@@ -45,6 +48,8 @@ class BeamOptions:
             problems.append(f"max_length={self.max_length} leaves no room for a token; use 1 or more.")
         if self.length_penalty < 0:
             problems.append(f"length_penalty={self.length_penalty} is negative; use 0 (none) or more.")
+        if self.length_penalty_kind not in ("gnmt", "power"):
+            problems.append(f"length_penalty_kind={self.length_penalty_kind} is none; use gnmt or power.")
         if problems:
             raise ConfigError(*problems)
 
@@ -236,6 +241,8 @@ class _Beams:
         scores, chosen = scores.topk(min(self._options.beam_size, scores.shape[1]), dim=1)
         parents, tokens = parents.gather(1, chosen), tokens.gather(1, chosen)
         hopeless = self._best_scores >= scores[:, 0] / self._penalty(self._limits)
+        if self._options.beam_size == 1:  # greedy: it does not go on with the runner-up of the end token
+            hopeless |= ended[:, 0]
         kept = (~(hopeless | at_limit)).nonzero()[:, 0]
         rows = (kept[:, None] * self._tokens.shape[1] + parents[kept]).flatten()
         same_rows = len(rows) == len(self._last_ids) and bool((rows[1:] > rows[:-1]).all())
@@ -272,4 +279,5 @@ class _Beams:
         self._best_scores = torch.maximum(self._best_scores, scores)
 
     def _penalty(self, length: int | Tensor) -> float | Tensor:
-        return ((5 + length) / 6) ** self._options.length_penalty
+        base = (5 + length) / 6 if self._options.length_penalty_kind == "gnmt" else length
+        return base**self._options.length_penalty

@@ -230,12 +230,9 @@ def _model_problems(folder: Path, theirs: Mapping[str, Any], model: Mapping[str,
     differing = {
         key: value
         for key, value in theirs.items()
-        if not _FREE_TO_CHOOSE.search(key) and model.get(key, value) != value
+        if not _FREE_TO_CHOOSE.search(key) and model.get(key, value) != value and _matters(model, key, value)
     }
-    words = " ".join(
-        f"model.{key}={json.dumps(value) if value is None or isinstance(value, bool) else value}"
-        for key, value in differing.items()
-    )
+    words = " ".join(f"model.{key}={_in_yaml(value)}" for key, value in differing.items())
     return [f"init_from: {folder} is of another model than the configuration's; set {words}."] if differing else []
 
 
@@ -266,6 +263,21 @@ def _start_problems(folder: Path, tokenizer: Tokenizer | None, start_id: int | N
         f"init_from: {folder} begins its targets with {tokenizer.token_of(told)} (decoder_start_token_id={told}),"
         f" the task with {tokenizer.token_of(start_id)}; set task.start_token='\"{tokenizer.token_of(told)}\"'."
     ]
+
+
+def _matters(model: Mapping[str, Any], key: str, value: Any) -> bool:
+    """Whether another value makes it another model: null may stand for what a number says."""
+    try:
+        return format_of({**model, key: value}, None).config != format_of(model, None).config
+    except ConfigError:  # the model has no counterpart, so neither is known to be the same
+        return True
+
+
+def _in_yaml(value: Any) -> str:
+    """A value as a word of the command line."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_in_yaml(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value) if isinstance(value, bool | None) else str(value)
 
 
 def _check(place: Path, found: Shapes, wanted: Mapping[str, list[int]], ignored: Sequence[str] = ()) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from trainer.build import build
-from trainer.decoding import BeamOptions, beam_search
+from trainer.decoding import BeamOptions, SampleOptions, beam_search, sample
 from trainer.export.compare import complaints
 from trainer.export.weights import write_weights
 from trainer.formats.catalogue import format_of, part_of
@@ -110,3 +110,39 @@ def same_text(theirs: Any, ours: torch.nn.Module, source: int, beams: int, lengt
     for row, ids in zip(expected.tolist(), written, strict=True):
         assert row[0] == start
         assert (row[1 : row.index(eos)] if eos in row else row[1 : length + 1]) == ids
+
+
+def prompts_of(vocab_size: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of these lengths, padded on the left, and their mask."""
+    longest = max(lengths)
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, vocab_size, mask.shape, generator=generator)
+    return ids.masked_fill(~mask, 0), mask
+
+
+def assert_same_text(theirs: Any, prompts: tuple[torch.Tensor, torch.Tensor], tokens: int = 12) -> None:
+    """Greedy and by beams, transformers and our decoder go on with the same tokens; some texts end early."""
+    ids, mask = prompts
+    batch = {"input_ids": ids, "attention_mask": mask}
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        ours: Any = ours_of(theirs, Path(folder) / "theirs")
+        likeliest = SampleOptions(max_length=tokens, temperature=0)
+        endless = torch.tensor(sample(ours, batch, -1, -1, likeliest))
+        end = max(endless.unique().tolist(), key=lambda token: len(set(map(len, _until(token, endless)))))
+        given = {**batch, "attention_mask": mask.long(), "eos_token_id": end, "pad_token_id": end, "do_sample": False}
+
+        def text_of(**options: Any) -> list[list[int]]:
+            return _until(end, theirs.generate(**given, max_new_tokens=tokens, **options)[:, ids.shape[1] :])
+
+        found = sample(ours, batch, -1, end, likeliest)
+        assert found == text_of() and len(set(map(len, found))) > 1
+        for beams, alpha in ((1, 1.0), (3, 0.0), (3, 1.0), (4, 2.0)):
+            options = BeamOptions(beams, tokens, length_penalty=alpha, length_penalty_kind="power")
+            found = beam_search(ours, batch, -1, end, end, options)
+            how = {"num_beams": beams, "length_penalty": alpha, "early_stopping": "never"} if beams > 1 else {}
+            assert found == text_of(**how), (beams, alpha)
+
+
+def _until(end: int, ids: torch.Tensor) -> list[list[int]]:
+    return [[*row, end][: [*row, end].index(end)] for row in ids.tolist()]

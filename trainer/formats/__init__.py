@@ -53,3 +53,8 @@ class Format:
     twins: Mapping[str, str] = field(default_factory=dict)
     ignored: Sequence[str] = ()
     fresh: Sequence[str] = ()
+
+
+def unlike(given: Mapping[str, Any], wanted: Mapping[str, Any], family: str) -> list[str]:
+    """Obstacles: what `given` has otherwise than a family wants it."""
+    return [f"model.{key}={given[key]} ({family}: {value})" for key, value in wanted.items() if given[key] != value]

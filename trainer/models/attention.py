@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from trainer.models.cache import KeyValueCache
-from trainer.models.layers import Projection, dropout
+from trainer.models.layers import Projection, RMSNorm, dropout
 from trainer.models.positions import rotate
 
 
@@ -51,21 +54,77 @@ def _causal_table(length: int, dtype: torch.dtype, device: torch.device) -> Tens
         return torch.full((length, length), masked_score(dtype), dtype=dtype, device=device).triu(1)
 
 
+class PackedMask:
+    """What keeps the samples of packed rows apart, and the future unseen, for FlexAttention (Dong et al. 2024).
+
+    segments [B, T] as for `segment_bias`, whose causal bias it stands for: its blocks of 128 x 128 pairs, of which most
+    are skipped, replace [B, 1, T, T] numbers.
+    """
+
+    def __init__(self, segments: Tensor) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (segments[row, query] == segments[row, key]) & (key <= query)
+
+        batch, length = segments.shape
+        self.sees = sees
+        self.blocks = create_block_mask(sees, batch, None, length, length, device=str(segments.device))
+        self._segments = segments
+        self._bias: Tensor | None = None
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """The numbers, made once, for where FlexAttention does not go."""
+        if self._bias is None or self._bias.dtype != dtype:
+            self._bias = segment_bias(self._segments, self._segments, dtype, causal=True)
+        return self._bias
+
+
+Bias = Tensor | PackedMask
+
+
+def packed_mask(segments: Tensor, dtype: torch.dtype) -> Bias:
+    """What hides other samples and the future in packed rows: blocks on a GPU; on a CPU, and where the whole model is
+    compiled, a bias."""
+    if segments.device.type == "cuda" and not torch.compiler.is_compiling():
+        return PackedMask(segments)
+    return segment_bias(segments, segments, dtype, causal=True)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, scale: float) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex: Any = _compiled_flex_attention() if q.device.type == "cuda" else flex_attention
+    out: Tensor = flex(q, k, v, block_mask=mask.blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out
+
+
 SHORT = 512
 """Keys up to which plain products beat PyTorch's fused CPU kernel in bf16, whose backward pass is slow: 2 to 9 times on
 sentences (`python scripts/bench/attention.py`)."""
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout_p: float, scale: float
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, causal: bool, dropout_p: float, scale: float) -> Tensor:
     """softmax(scale q k^T + bias) v as [B, Q, H * head_dim].
 
     q [B, H, Q, head_dim]; k, v [B, H_kv, K, head_dim] with H a multiple of H_kv; bias broadcastable to [B, H, Q, K];
-    with `causal`, Q = K and there is no bias. On a CPU the fused kernel knows neither dropout nor a bias with gradient,
+    with `causal`, Q = K and there is no bias. A `PackedMask` goes to FlexAttention, unless there is dropout, which it
+    does not know, heads are too small for its kernel, or operations are watched (engine.recompute=selective), which it
+    refuses. On a CPU the fused kernel knows neither dropout nor a bias with gradient,
     PyTorch's fallback is slower than the plain products below, and so is the kernel for short sequences in bf16.
     """
     grouped = q.shape[1] != k.shape[1]
+    if isinstance(bias, PackedMask):
+        if dropout_p == 0 and q.shape[-1] >= 16 and not is_in_torch_dispatch_mode():
+            return _attend_in_blocks(q, k, v, bias, scale).transpose(1, 2).flatten(2)
+        bias = bias.bias(q.dtype)
     unfused = dropout_p > 0 or (bias is not None and bias.requires_grad)
     short = q.dtype == torch.bfloat16 and torch.is_grad_enabled() and k.shape[2] <= SHORT
     if q.device.type == "cpu" and (unfused or short):
@@ -84,7 +143,11 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Attention of a sequence over itself; queries, keys and values come from one projection."""
+    """Attention of a sequence over itself; queries, keys and values come from one projection.
+
+    bias: of both projections, or with "qkv" of the first alone. qk_norm_eps: if set, each head's queries and keys go
+    through an RMSNorm with one weight for all heads (Henry et al. 2020; as in Qwen3), before they are rotated.
+    """
 
     def __init__(
         self,
@@ -95,9 +158,10 @@ class SelfAttention(nn.Module):
         num_kv_heads: int | None = None,
         in_std: float,
         out_std: float,
-        bias: bool = False,
+        bias: bool | Literal["qkv"] = False,
         scaled: bool = True,
         dropout: float = 0.0,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -108,14 +172,16 @@ class SelfAttention(nn.Module):
         query_std = in_std if scaled else in_std * head_dim**-0.5
         kv_size = self.num_kv_heads * head_dim
         row_stds = [(num_heads * head_dim, query_std), (kv_size, in_std), (kv_size, in_std)]
-        self.qkv = Projection(d_model, row_stds, bias)
-        self.out = Projection(num_heads * head_dim, [(d_model, out_std)], bias)
+        self.qkv = Projection(d_model, row_stds, bool(bias))
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, eps=qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, eps=qk_norm_eps)
+        self.out = Projection(num_heads * head_dim, [(d_model, out_std)], bias is True)
 
     def forward(
         self,
         x: Tensor,
         *,
-        bias: Tensor | None = None,
+        bias: Bias | None = None,
         causal: bool = False,
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: KeyValueCache | None = None,
@@ -128,11 +194,14 @@ class SelfAttention(nn.Module):
         """
         batch, length, _ = x.shape
         heads = self.qkv(x).view(batch, length, -1, self.head_dim)
-        rotated = self.num_heads + self.num_kv_heads
-        if rotary is None:
+        if rotary is None or self.q_norm is not None:
             q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            if rotary is not None:
+                q, k = rotate(q, *rotary), rotate(k, *rotary)
         else:
-            qk, v = torch.split(heads, [rotated, self.num_kv_heads], dim=2)
+            qk, v = torch.split(heads, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
             q, k = torch.split(rotate(qk, *rotary), [self.num_heads, self.num_kv_heads], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
@@ -140,7 +209,7 @@ class SelfAttention(nn.Module):
         out: Tensor = self.out(self.attend(q, k, v, bias, causal))
         return out
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, causal: bool) -> Tensor:
         """`attend` with this module's dropout and scale; replaced where heads or positions are split over ranks."""
         return attend(q, k, v, bias, causal, self.dropout if self.training else 0.0, self.scale)
 

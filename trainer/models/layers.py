@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NormKind = Literal["layer", "rms"]
-Activation = Literal["relu", "gelu", "silu", "geglu", "swiglu"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "geglu", "swiglu"]
 
 
 def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None:
@@ -115,12 +116,21 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model]."""
+        return self.scaled_by(self.weight, x)
+
+    def scaled_by(self, weight: Tensor, x: Tensor) -> Tensor:
+        """`forward` with another weight, such as this one with a gradient that is summed over ranks."""
         if x.device.type != "cpu":
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
-_UNGATED: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+_UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 class FeedForward(nn.Module):

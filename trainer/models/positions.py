@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.models.layers import TokenEmbedding
+from trainer.models.rotary import RotaryScaling
 
 BLOCK = 512
 """Tables are made for a multiple of so many positions and sliced, so that few are ever made."""
@@ -38,30 +39,42 @@ def _sinusoidal_table(
     length: int, d_model: int, dtype: torch.dtype, device: torch.device, halves: bool = False
 ) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        angles = _angles(length, d_model, 10_000.0, device)
+        angles = _angles(length, _frequencies(d_model, 10_000.0, device))
         waves = (angles.sin(), angles.cos())
         return (torch.cat(waves, dim=-1) if halves else torch.stack(waves, dim=-1).flatten(1)).to(dtype)
 
 
 def rotary_tables(
-    length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
+    length: int,
+    head_dim: int,
+    base: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    scaling: RotaryScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [at least length, head_dim / 2]: the angle at position t of pair i: t base^(-2i / head_dim)."""
-    return _rotary_tables(_rounded_up(length), head_dim, base, dtype, device)
+    """(cos, sin), each [at least length, head_dim / 2]: the angle at position t of pair i: t base^(-2i / head_dim),
+    changed by `scaling`."""
+    return _rotary_tables(_rounded_up(length), head_dim, base, dtype, device, scaling)
 
 
 @lru_cache(maxsize=16)
 def _rotary_tables(
-    length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
+    length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device, scaling: RotaryScaling | None
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
-        angles = _angles(length, head_dim, base, device)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        frequencies, amplitude = _frequencies(head_dim, base, device), 1.0
+        if scaling is not None:
+            frequencies, amplitude = scaling.scale(frequencies, base), scaling.amplitude
+        angles = _angles(length, frequencies)
+        return (angles.cos() * amplitude).to(dtype), (angles.sin() * amplitude).to(dtype)
 
 
-def _angles(length: int, dim: int, base: float, device: torch.device) -> Tensor:
-    frequencies = base ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    return torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+def _angles(length: int, frequencies: Tensor) -> Tensor:
+    return torch.arange(length, dtype=torch.float32, device=frequencies.device)[:, None] * frequencies
+
+
+def _frequencies(dim: int, base: float, device: torch.device) -> Tensor:
+    return base ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

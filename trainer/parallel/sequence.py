@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import CrossAttention, SelfAttention
+from trainer.models.attention import Bias, CrossAttention, SelfAttention
 from trainer.models.base import Model
 from trainer.parallel.layout import Layout
 from trainer.tasks import IGNORE, Batch
@@ -75,11 +75,11 @@ def _own_positions(model: nn.Module, layout: Layout) -> Callable[[Tensor], Tenso
 def _with_all_positions(module: nn.Module, attend: Callable[..., Tensor], layout: Layout) -> Callable[..., Tensor]:
     """`attend` over all positions for the heads of this rank, from and to its own positions for all heads."""
 
-    def own(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    def own(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, causal: bool) -> Tensor:
         if not module.training:
             return attend(q, k, v, bias, causal)
         q, k, v = (_exchange(x, layout) for x in (q, k, v))
-        if bias is not None and bias.dim() == 4 and bias.shape[1] > 1:
+        if isinstance(bias, Tensor) and bias.dim() == 4 and bias.shape[1] > 1:
             bias = bias.chunk(layout.sequence, dim=1)[layout.sequence_rank]
         out = attend(q, k, v, bias, causal)
         return _exchange(out, layout)

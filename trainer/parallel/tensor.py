@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import CrossAttention, SelfAttention
-from trainer.models.layers import FeedForward, Projection
+from trainer.models.attention import Bias, CrossAttention, SelfAttention
+from trainer.models.layers import FeedForward, Projection, RMSNorm
 from trainer.models.positions import RelativeBias
 from trainer.parallel.layout import Layout
 from trainer.parallel.slices import Slice, Slices
@@ -102,6 +102,9 @@ def _split(module: SelfAttention | CrossAttention | FeedForward, layout: Layout)
     if isinstance(module, SelfAttention):
         rows("qkv", heads, *(module.num_kv_heads * module.head_dim,) * 2)
         module.num_kv_heads //= layout.tensor
+        for name in ("q_norm", "k_norm"):
+            if getattr(module, name) is not None:
+                setattr(module, name, _NormOfOwnHeads(getattr(module, name), layout))
     else:
         rows("q", heads)
         rows("kv", heads, heads)
@@ -114,8 +117,8 @@ def _split(module: SelfAttention | CrossAttention | FeedForward, layout: Layout)
 def _with_own_heads(attend: Callable[..., Tensor], layout: Layout) -> Callable[..., Tensor]:
     """`attend` for this rank's heads, of a bias for all of them."""
 
-    def own(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-        if bias is not None and bias.dim() == 4 and bias.shape[1] > 1:
+    def own(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, causal: bool) -> Tensor:
+        if isinstance(bias, Tensor) and bias.dim() == 4 and bias.shape[1] > 1:
             bias = bias.chunk(layout.tensor, dim=1)[layout.tensor_rank]
         return attend(q, k, v, bias, causal)
 
@@ -149,6 +152,18 @@ class _SplitByColumns(nn.Linear):
         """[..., own columns] -> [..., out_features]."""
         total: Tensor = _Sum.apply(F.linear(x, self.weight), self._group)  # type: ignore[no-untyped-call]
         return total if self.bias is None else total + self.bias
+
+
+class _NormOfOwnHeads(RMSNorm):
+    """A norm of heads, whole on every rank, whose weight's gradient is the sum over the heads of all ranks."""
+
+    def __init__(self, whole: RMSNorm, layout: Layout) -> None:
+        super().__init__(whole.normalized_shape, eps=whole.eps, dtype=whole.weight.dtype, device=whole.weight.device)
+        self._group = layout.tensor_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., own heads, head_dim] -> the same."""
+        return self.scaled_by(_SumGradients.apply(self.weight, self._group), x)  # type: ignore[no-untyped-call]
 
 
 class _SumGradients(torch.autograd.Function):
