@@ -25,7 +25,7 @@ from sources import family, read_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 VALIDATION, TEST = 0.02, 0.04  # shares of the families
-MAX_CHARACTERS = 300  # of a context
+MAX_CHARACTERS = 400  # of a context
 
 KINDS = {
     "architecture": ("Architecture", ("For which architecture is {} built?", "What is the architecture of {}?")),
