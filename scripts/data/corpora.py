@@ -59,8 +59,9 @@ def split_pairs(
     """Deal parallel sentences to the three splits, leak-free. `shares(pair)`: of validation and of test.
 
     A pair goes where the hash of its folded source sends it, so all translations of one sentence, and of its copies
-    with other numbers, stay together; or the hash of its `family`, where more belongs together than that. Then validation gives up the pairs of which either side occurs (normalised) in
-    test, and train those of which either side occurs in validation or test: held-out text keeps its distribution.
+    with other numbers, stay together; or the hash of its `family`, where more belongs together than that. Then
+    validation gives up the pairs of which either side occurs (normalised) in test, and train those of which either side
+    occurs in validation or test: held-out text keeps its distribution.
     """
     splits: dict[str, list[Pair]] = {name: [] for name in SPLITS}
     for pair in pairs:

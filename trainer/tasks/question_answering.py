@@ -7,6 +7,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from trainer.data.sources import column
 from trainer.errors import ConfigError
 from trainer.tasks import BadRecord, Record
@@ -70,11 +72,13 @@ class QuestionAnswering(TextToText):
         return answers if isinstance(answers, BadRecord) else answers[0]
 
     def _answers(self, record: Record) -> list[str] | BadRecord:
-        """All of them; None of a list may be empty, and a list may not."""
+        """All of them; empty ones in a list are none."""
         try:
             value = column(record, self._target_column)
         except KeyError:
             value = None
+        if isinstance(value, np.ndarray):  # of a Parquet file
+            value = value.tolist()
         if isinstance(value, str) or not isinstance(value, Sequence):
             text = text_at(record, self._target_column)
             return text if isinstance(text, BadRecord) else [text]
