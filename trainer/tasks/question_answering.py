@@ -102,10 +102,10 @@ class QuestionAnswering(TextToText):
         answers = [[normalised(one) for one in reference.split("\n")] for reference in references]
         given = [normalised(one) for one in hypotheses]
         common = Counter(one for right in answers for one in set(right)).most_common(1)
-        scores = {
-            "exact_match": [one in right for one, right in zip(given, answers, strict=True)],
+        scores: dict[str, list[float]] = {
+            "exact_match": [float(one in right) for one, right in zip(given, answers, strict=True)],
             "f1": [max(token_f1(one, a) for a in right) for one, right in zip(given, answers, strict=True)],
-            "most_frequent_exact_match": [common[0][0] in right for right in answers],
+            "most_frequent_exact_match": [float(common[0][0] in right) for right in answers],
         }
         return {name: 100.0 * sum(values) / max(1, len(values)) for name, values in scores.items()}
 
