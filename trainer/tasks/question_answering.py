@@ -7,8 +7,6 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-
 from trainer.data.sources import column
 from trainer.errors import ConfigError
 from trainer.tasks import BadRecord, Record
@@ -77,8 +75,6 @@ class QuestionAnswering(TextToText):
             value = column(record, self._target_column)
         except KeyError:
             value = None
-        if isinstance(value, np.ndarray):  # of a Parquet file
-            value = value.tolist()
         if isinstance(value, str) or not isinstance(value, Sequence):
             text = text_at(record, self._target_column)
             return text if isinstance(text, BadRecord) else [text]
