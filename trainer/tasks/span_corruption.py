@@ -115,7 +115,7 @@ class SpanCorruption(SourceToTarget):
                 )
         self._sentinels = _ids_of(tokenizer, [sentinel.format(number) for number in range(max(spans))], sentinel)
         modes = [one.mode for one in self._denoisers]
-        self._modes = [[] if mode is None else [tokenizer.id_of(mode)] for mode in modes]
+        self._modes = [np.asarray([tokenizer.id_of(mode)] if mode else [], np.int32) for mode in modes]
         self._shares = list(accumulate(one.weight for one in self._denoisers))
         self.required_columns: Sequence[str] = (text_column,)
         self.max_length = max(map(max, lengths))
@@ -166,8 +166,8 @@ class SpanCorruption(SourceToTarget):
             kept[[0, -1]] -= 1
         sizes = np.stack([kept[:-1], cut], axis=1).reshape(-1)
         parts = np.split(ids, np.cumsum(sizes))  # kept, cut, kept, cut ... kept
-        sentinels = [[one] for one in self._sentinels[:spans]]
-        end = [self._tokenizer.eos_id]
+        sentinels = [np.asarray([one]) for one in self._sentinels[:spans]]
+        end = np.asarray([self._tokenizer.eos_id])
         source = [self._modes[chosen], *chain.from_iterable(zip(parts[:-1:2], sentinels, strict=True)), parts[-1], end]
         target = [*chain.from_iterable(zip(sentinels, parts[1::2], strict=True)), end]
         source_ids, target_ids = (np.concatenate(side).astype(np.int32) for side in (source, target))
@@ -185,7 +185,7 @@ def random_parts(total: int, count: int, words: np.random.PCG64) -> npt.NDArray[
     The borders are drawn out of the total - 1 places between two tokens.
     """
     borders = np.sort(np.argsort(words.random_raw(total - 1), kind="stable")[: count - 1]) + 1
-    return np.diff(np.concatenate([[0], borders, [total]]).astype(np.int64))
+    return np.diff(borders, prepend=0, append=total).astype(np.int64)
 
 
 def _random_words(ids: Ids, seed: int) -> np.random.PCG64:
