@@ -51,17 +51,21 @@ Pair = Mapping[str, str]
 
 
 def split_pairs(
-    pairs: Iterable[Pair], sides: tuple[str, str], shares: Callable[[Pair], tuple[float, float]]
+    pairs: Iterable[Pair],
+    sides: tuple[str, ...],
+    shares: Callable[[Pair], tuple[float, float]],
+    family: Callable[[Pair], str] | None = None,
 ) -> dict[str, list[Pair]]:
     """Deal parallel sentences to the three splits, leak-free. `shares(pair)`: of validation and of test.
 
     A pair goes where the hash of its folded source sends it, so all translations of one sentence, and of its copies
-    with other numbers, stay together. Then validation gives up the pairs of which either side occurs (normalised) in
-    test, and train those of which either side occurs in validation or test: held-out text keeps its distribution.
+    with other numbers, stay together; or the hash of its `family`, where more belongs together than that. Then
+    validation gives up the pairs of which either side occurs (normalised) in test, and train those of which either side
+    occurs in validation or test: held-out text keeps its distribution.
     """
     splits: dict[str, list[Pair]] = {name: [] for name in SPLITS}
     for pair in pairs:
-        splits[split_name(fold(pair[sides[0]]), *shares(pair))].append(pair)
+        splits[split_name(family(pair) if family else fold(pair[sides[0]]), *shares(pair))].append(pair)
     held: set[str] = set()
     for name in ("test", "validation", "train"):
         splits[name] = [pair for pair in splits[name] if held.isdisjoint(normalise(pair[side]) for side in sides)]

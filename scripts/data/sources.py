@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpora import squeeze
+from corpora import fold, squeeze
 from debian import Apt
 from documents import read_html, read_man, read_trees, sentences
 
@@ -140,6 +140,16 @@ def read_descriptions(apt: Apt, language: str) -> Pairs:
         if len(forms[0]) == len(forms[1]):
             for pair in zip(*forms, strict=True):
                 yield from sentences(*pair)
+
+
+def read_packages(apt: Apt) -> dict[str, dict[str, str]]:
+    """The control fields of every package by its name; of several versions the last in the lists, by their names."""
+    return {fields["Package"]: fields for _, text in apt.lists("*_Packages*") for fields in stanzas(text) if fields}
+
+
+def family(fields: Mapping[str, str]) -> str:
+    """What packages have in common that come from one source, in whatever version: they share text."""
+    return fold(fields.get("Source", fields["Package"]).partition(" ")[0])
 
 
 @dataclass(frozen=True)

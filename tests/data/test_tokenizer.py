@@ -102,3 +102,51 @@ def test_a_fork_after_encoding_is_silent() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert finished.stderr == ""
+
+
+SPECIAL_SPECS = {
+    "bpe": TrainedTokenizer("bpe", 400, special_tokens=["<mask>", "<extra_id_{0..2}>"]),
+    "unigram": TrainedTokenizer("unigram", 400, special_tokens=["<mask>", "<extra_id_{0..2}>"]),
+    "bytes": ByteTokenizer(300, special_tokens=["<mask>", "<extra_id_{0..2}>"]),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL_SPECS)
+def test_special_tokens_are_found_by_name_and_never_in_a_text(name: str, tmp_path: Path) -> None:
+    tokenizer = SPECIAL_SPECS[name].prepare(lambda: iter(TEXTS))
+    tokens = ["<mask>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>"]
+    ids = [tokenizer.id_of(token) for token in tokens]
+    assert [tokenizer.token_of(id) for id in ids] == tokens and len({*ids, *range(4)}) == 8
+    (text,) = tokenizer.encode_batch(["a <mask> here"])
+    assert not set(ids) & set(text)
+    assert tokenizer.decode([ids[0], *text, ids[2]]) == "a <mask> here"
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path / "tokenizer.json").id_of("<extra_id_2>") == ids[3]
+    with pytest.raises(ConfigError, match=r"has no token <extra_id_3>; name it in tokenizer.special_tokens"):
+        tokenizer.id_of("<extra_id_3>")
+
+
+def test_a_file_gets_the_special_tokens_it_lacks_and_without_any_it_is_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    SPECIAL_SPECS["bytes"].prepare(lambda: iter(())).save(path)
+    same = FileTokenizer(str(path)).prepare(lambda: iter(()))
+    assert same.to_json() == path.read_text()
+    more = FileTokenizer(str(path), special_tokens=["<mask>", "<user>"]).prepare(lambda: iter(()))
+    assert (more.id_of("<mask>"), more.id_of("<user>"), more.vocab_size) == (260, 264, 265)
+    with pytest.raises(ConfigError, match=r"has 265 entries, tokenizer.vocab_size=264"):
+        FileTokenizer(str(path), 264, ["<user>"]).prepare(lambda: iter(()))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["<a>", "<a>"], "<a> would be there twice"),
+        (["<s>"], "<s> would be there twice"),
+        ([" "], "' ' is no name"),
+        ([3], "3 is no name"),
+        (["<x{0..99}>"], r"256 bytes and 104 special tokens need 360"),
+    ],
+)
+def test_special_tokens_that_cannot_be_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ByteTokenizer(300, special_tokens=names)

@@ -17,7 +17,7 @@ from trainer.data.reader import BAD_RECORD, Encoder, RecordReader, ShardSequence
 from trainer.data.stages import Changed, NeedsPass, Removed, Stage
 from trainer.data.stream import StreamData
 from trainer.errors import ConfigError
-from trainer.tasks import BadRecord, Encoded, PacksRows, Record, Task
+from trainer.tasks import BadRecord, Encoded, JoinsSamples, PacksRows, Record, Task
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ _SURVEYED_RECORDS = 1000
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSample:
-    """A sample of an evaluation. `index`: its place among the usable ones of the split; task: of its source."""
+    """A sample of an evaluation. `index`: its place among the usable ones of the split; task: of its source; record: of
+    joined samples the first of those that were joined."""
 
     index: int
     record: Record
@@ -88,9 +89,15 @@ class Corpus:
             task = self.tasks[name]
             records = (record for _, record in self.data.datasets[name].records(split))
             while part := list(islice(records, at_once)):
-                for record, encoded in zip(part, task.encode(part), strict=True):
-                    if not isinstance(encoded, BadRecord):
-                        yield from ((record, piece, task) for piece in task.pieces(encoded))
+                usable = [
+                    (record, piece)
+                    for record, encoded in zip(part, task.encode(part), strict=True)
+                    if not isinstance(encoded, BadRecord)
+                    for piece in task.pieces(encoded)
+                ]
+                if usable and isinstance(task, JoinsSamples):
+                    usable = [(usable[0][0], one) for one in task.join([piece for _, piece in usable])]
+                yield from ((record, piece, task) for record, piece in usable)
 
     def _with(self, split: str) -> list[str]:
         """The sources that have a split; a single source must."""

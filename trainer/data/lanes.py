@@ -307,7 +307,7 @@ class Lane:
         samples, rejected, following = self._reader.finish()
         if len(self._readers) == 1:
             samples = sorted(samples, key=lambda sample: sample.key)  # whatever this epoch's order of shards is
-        self._rows = self._arranged(samples)
+        self._rows = self._arranged(self._joined(samples))
         if not self._told:
             self._rejected += rejected
             self._told = True
@@ -318,6 +318,21 @@ class Lane:
             following = replace(following, first=first, done=done)
         self._following = following
         self._reader.begin(following)
+
+    def _joined(self, samples: list[Sample]) -> list[Sample]:
+        """What tasks that join samples make of those of a block, each source for itself.
+
+        It begins at another sample in every epoch and goes round, so what is joined differs, and neighbours in the
+        data stay neighbours.
+        """
+        if not any(reader.joins for reader in self._readers):
+            return samples
+        begin, joined = self._position, []
+        for source, reader in enumerate(self._readers):
+            own = [sample for sample in samples if sample.key[0] == source]
+            first = self._rules.order.first((self._index, begin.epoch, begin.block, source), len(own))
+            joined += reader.join(own[first:] + own[:first])
+        return joined
 
     def _arranged(self, samples: list[Sample]) -> list[Row]:
         """The rows of a block in the order in which they are emitted."""

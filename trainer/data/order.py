@@ -25,6 +25,7 @@ class _Use(IntEnum):
     shards = 1
     block = 2
     schedule = 3
+    first = 4
 
 
 def _permutation(count: int, *entropy: int) -> NDArray[np.intp]:
@@ -87,6 +88,10 @@ class Order:
             return list(range(count))
         order: list[int] = _permutation(count, self.seed, _Use.block, *key).tolist()
         return order
+
+    def first(self, key: Sequence[int], count: int) -> int:
+        """The one of `count` things at which a round of them begins; `key`: see `arrange`."""
+        return int(_permutation(count, self.seed, _Use.first, *key)[0]) if self.shuffle and count else 0
 
     def _quantiles(self, steps: NDArray[np.int64]) -> NDArray[np.intp]:
         """The quantile of each of `steps`, an integer below the number of steps in a cycle."""

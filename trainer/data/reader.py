@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trainer.data.sources import Source
 from trainer.data.stages import Changed, Removed, Stage
 from trainer.errors import DataError
-from trainer.tasks import BadRecord, Encoded, Record, Task
+from trainer.tasks import BadRecord, Encoded, JoinsSamples, Record, Task
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ Place = tuple[int, int, int]
 class Sample(NamedTuple):
     """A record, or a piece of one, made ready for batching, and where it came from.
 
-    id: "shard:record", of a later piece "shard:record#piece"; key: sorts samples as their records stand in the data;
+    id: "shard:record", of a later piece "shard:record#piece", of a joined sample "shard:record+number", with the record
+    that the joined ones begin with; key: sorts samples as their records stand in the data;
     lengths: sort key of bucketing (empty if packed); sides: positions on each side of a packed row (empty if not).
     """
 
@@ -242,17 +243,27 @@ class Encoder:
         if rejected or changed:
             yield Drawn([], rows[-1].after, rejected, changed)
 
+    @property
+    def joins(self) -> bool:
+        """Whether the task makes its samples of many records."""
+        return isinstance(self._task, JoinsSamples)
+
+    def join(self, samples: Sequence[Sample]) -> list[Sample]:
+        """What the task makes of these samples of a block together: themselves, unless it `JoinsSamples`."""
+        if not samples or not isinstance(self._task, JoinsSamples):
+            return list(samples)
+        first = samples[0]
+        joined = self._task.join([sample.encoded for sample in samples])
+        return [self._made(f"{first.id}+{number}", (*first.key, number), one) for number, one in enumerate(joined)]
+
     def _sample(self, row: Row, piece: Encoded, number: int) -> Sample:
         name = self._id(row)
-        lengths: tuple[int, ...] = ()
-        sides: tuple[int, ...] = ()
+        return self._made(f"{name}#{number}" if number else name, (self._index, row.shard, row.offset, number), piece)
+
+    def _made(self, name: str, key: tuple[int, ...], encoded: Encoded) -> Sample:
         if self._sides is None:
-            lengths = (piece.length, *map(_length_of, piece.fields.values()))
-        else:
-            sides = self._sides(piece)
-        return Sample(
-            f"{name}#{number}" if number else name, (self._index, row.shard, row.offset, number), piece, lengths, sides
-        )
+            return Sample(name, key, encoded, (encoded.length, *map(_length_of, encoded.fields.values())), ())
+        return Sample(name, key, encoded, (), self._sides(encoded))
 
     def _judge(self, row: Row, outcome: _Unusable) -> None:
         """Count a bad record, and raise DataError where none may be."""
@@ -299,6 +310,15 @@ class RecordReader:
         self._read_to: Place = (0, 0, 0)
         self._ended = False
         self._empty_epochs = 0
+
+    @property
+    def joins(self) -> bool:
+        """Whether the task makes its samples of many records."""
+        return self._encoder.joins
+
+    def join(self, samples: Sequence[Sample]) -> list[Sample]:
+        """See `Encoder.join`."""
+        return self._encoder.join(samples)
 
     def seek(self, place: Place) -> None:
         """Draw what stands at `place` next; costs nothing where that is next anyway."""

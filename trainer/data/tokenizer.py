@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -87,10 +89,15 @@ class Tokenizer:
         """The name of an entry of the vocabulary."""
         return str(self._backend.id_to_token(id_))
 
-    def id_of(self, token: str) -> int | None:
-        """The id of an entry of the vocabulary by its name; None where there is none."""
-        found: int | None = self._backend.token_to_id(token)
-        return found
+    def id_of(self, token: str) -> int:
+        """The id of the entry with this name, such as a special token. Raises ConfigError where there is none."""
+        id_: int | None = self._backend.token_to_id(token)
+        if id_ is None:
+            raise ConfigError(
+                f"The tokenizer has no token {token}; name it in tokenizer.special_tokens,"
+                " or take a tokenizer that has it."
+            )
+        return id_
 
     def entries(self) -> dict[str, int]:
         """The vocabulary: names and ids."""
@@ -145,11 +152,14 @@ class TrainedTokenizer:
         vocab_size: int = 8000,
         lowercase: bool = False,
         max_records: int | None = None,
+        special_tokens: Sequence[str] = (),
     ) -> None:
-        """`vocab_size`: at most so many entries; `max_records`: texts to learn from, None = all. Raises ConfigError."""
+        """`vocab_size`: at most so many entries; `max_records`: texts to learn from, None = all; `special_tokens`:
+        further ones, see `spelled_out`. Raises ConfigError."""
         if kind not in ("bpe", "unigram"):
             raise ConfigError(f"tokenizer.kind={kind} is not known; use bpe or unigram.")
-        _check_vocab_size(vocab_size)
+        self._special_tokens = spelled_out(special_tokens)
+        _check_vocab_size(vocab_size, self._special_tokens)
         self._kind = kind
         self._vocab_size = vocab_size
         self._lowercase = lowercase
@@ -165,7 +175,7 @@ class TrainedTokenizer:
             backend.normalizer = library.normalizers.Lowercase()
         options = {
             "vocab_size": self._vocab_size,
-            "special_tokens": list(_SPECIAL),
+            "special_tokens": [*_SPECIAL, *self._special_tokens],
             "initial_alphabet": sorted(library.pre_tokenizers.ByteLevel.alphabet()),
             "show_progress": False,
         }
@@ -176,11 +186,12 @@ class TrainedTokenizer:
 
 
 class ByteTokenizer:
-    """Every byte of UTF-8 is a token: ids 4 to 259."""
+    """Every byte of UTF-8 is a token: ids 4 to 259; further special tokens (see `spelled_out`) come after them."""
 
-    def __init__(self, vocab_size: int = 4 + 256) -> None:
-        """Raises ConfigError where `vocab_size` is too small for all bytes."""
-        _check_vocab_size(vocab_size)
+    def __init__(self, vocab_size: int = 4 + 256, special_tokens: Sequence[str] = ()) -> None:
+        """Raises ConfigError where `vocab_size` is too small for all bytes and special tokens."""
+        self._special_tokens = spelled_out(special_tokens)
+        _check_vocab_size(vocab_size, self._special_tokens)
 
     def prepare(self, texts: Texts) -> Tokenizer:
         """The tokenizer; `texts` has no part in it."""
@@ -189,17 +200,19 @@ class ByteTokenizer:
         vocabulary = {token: id for id, token in enumerate((*_SPECIAL, *alphabet))}
         backend = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[]))
         _work_on_bytes(backend, split_words=False)
-        backend.add_special_tokens(list(_SPECIAL))
+        backend.add_special_tokens([*_SPECIAL, *self._special_tokens])
         return Tokenizer(backend)
 
 
 class FileTokenizer:
     """A tokenizer that exists: a tokenizer.json, a folder that holds one, or the name of a model on the hub."""
 
-    def __init__(self, path: str, vocab_size: int | None = None) -> None:
-        """`vocab_size`: entries it may have at most, for the model is built for so many; None = any."""
+    def __init__(self, path: str, vocab_size: int | None = None, special_tokens: Sequence[str] = ()) -> None:
+        """`vocab_size`: entries it may have at most, for the model is built for so many; None = any; `special_tokens`:
+        those it gets where it has no such token (see `spelled_out`), behind all its entries."""
         self._path = path
         self._vocab_size = vocab_size
+        self._special_tokens = spelled_out(special_tokens)
 
     def prepare(self, texts: Texts) -> Tokenizer:
         """Read it; `texts` has no part in it. Raises DataError if there is none, ConfigError if it is too large."""
@@ -217,6 +230,10 @@ class FileTokenizer:
                     f"tokenizer.path={self._path}: neither a file, nor a model whose tokenizer the hub could serve:"
                     f" {error}"
                 ) from error
+        if self._special_tokens:
+            backend = _library().Tokenizer.from_str(tokenizer.to_json())
+            backend.add_special_tokens(self._special_tokens)
+            tokenizer = Tokenizer(backend)
         if self._vocab_size is not None and tokenizer.vocab_size > self._vocab_size:
             raise ConfigError(
                 f"tokenizer.path={self._path} has {tokenizer.vocab_size} entries,"
@@ -226,12 +243,31 @@ class FileTokenizer:
         return tokenizer
 
 
-def _check_vocab_size(vocab_size: int) -> None:
-    needed = len(_SPECIAL) + 256
-    if vocab_size < needed:
+def spelled_out(names: Sequence[str]) -> list[str]:
+    """Names of special tokens, {0..99} in one of them standing for each of these numbers: "<extra_id_{0..99}>" names a
+    hundred. Raises ConfigError for a name that is no text, occurs twice or is one of our own."""
+    found: list[str] = []
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"tokenizer.special_tokens: {name!r} is no name of a token.")
+        numbers = re.search(r"\{(\d+)\.\.(\d+)\}", name)
+        if numbers is None:
+            found.append(name)
+        else:
+            first, last = map(int, numbers.groups())
+            found += [f"{name[: numbers.start()]}{number}{name[numbers.end() :]}" for number in range(first, last + 1)]
+    twice = sorted(name for name, count in Counter([*_SPECIAL, *found]).items() if count > 1)
+    if twice:
+        raise ConfigError(f"tokenizer.special_tokens: {', '.join(twice)} would be there twice; name each once.")
+    return found
+
+
+def _check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
+    special = len(_SPECIAL) + len(special_tokens)
+    if vocab_size < special + 256:
         raise ConfigError(
             f"tokenizer.vocab_size={vocab_size} is too small:"
-            f" 256 bytes and {len(_SPECIAL)} special tokens need {needed}."
+            f" 256 bytes and {special} special tokens need {special + 256}."
         )
 
 

@@ -1,9 +1,10 @@
 """Tasks: what a record becomes, how samples make a batch, the loss of a batch, and what is measured.
 
 One file per objective. A task is built by `_target_` with its options plus `tokenizer` (or None). The contract is
-`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text, and `PacksRows` for those whose samples
-can share a row. Every batch has `labels`; `IGNORE` (-100) there means "this position carries no loss". A batch whose
-labels are all IGNORE weighs nothing: that is how ranks that ran out of data keep step with the others.
+`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text, `PacksRows` for those whose samples can
+share a row, and `JoinsSamples` for those that make their samples of many records. Every batch has `labels`; `IGNORE`
+(-100) there means "this position carries no loss". A batch whose labels are all IGNORE weighs nothing: that is how
+ranks that ran out of data keep step with the others.
 """
 
 from __future__ import annotations
@@ -119,6 +120,15 @@ class PacksRows(Protocol):
         With the fields of `collate` come segment ids and position ids, int64: the samples of a row are the segments
         1, 2, ..., padding is 0; positions count from 0 within each sample.
         """
+
+
+@runtime_checkable
+class JoinsSamples(Protocol):
+    """A task that makes its samples of many records: texts one after the other, cut where it suits the objective."""
+
+    def join(self, samples: Sequence[Encoded]) -> list[Encoded]:
+        """What goes into batches for `samples` (at least one), which are what a lane drew for a block, or a part of a
+        split: at least one sample, and a function of `samples` and their order alone."""
 
 
 @runtime_checkable

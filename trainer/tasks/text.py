@@ -31,8 +31,8 @@ class TextTokenizer(Protocol):
 
     def decode_batch(self, ids: list[list[int]]) -> list[str]: ...
 
-    def id_of(self, token: str) -> int | None:
-        """Of an entry of the vocabulary, by its name."""
+    def id_of(self, token: str) -> int:
+        """Of an entry of the vocabulary, by its name. Raises ConfigError where there is none."""
 
 
 def check_overlong(choice: str, choices: Sequence[str] = OVERLONG_CHOICES) -> None:
@@ -45,12 +45,12 @@ def start_id(tokenizer: TextTokenizer, start_token: str | None) -> int:
     """The id that a target begins with: of `start_token`, None = the tokenizer's begin token. Raises ConfigError."""
     if start_token is None:
         return tokenizer.bos_id
-    found = tokenizer.id_of(start_token)
-    if found is None:
+    try:
+        return tokenizer.id_of(start_token)
+    except ConfigError as error:
         raise ConfigError(
             f"task.start_token={start_token} is no token of the tokenizer's; name one, such as </s>, or null."
-        )
-    return found
+        ) from error
 
 
 def text_at(record: Record, path: str) -> str | BadRecord:

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-import torch
 
 from trainer.errors import ConfigError
-from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
-from trainer.tasks.loss import token_loss
-from trainer.tasks.text import (
-    TextTokenizer,
-    check_overlong,
-    limit_length,
-    num_labels,
-    number_segments,
-    pack_rows,
-    pad_rows,
-    start_id,
-    text_at,
-)
+from trainer.tasks.text import TextTokenizer
+from trainer.tasks.text_to_text import TextToText
 
 BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none")
 """Those of sacreBLEU that download nothing."""
 
-_MAX_LENGTH_RATIO = 2.0  # tokens of a hypothesis for one of its source: an untrained model does not find the end
 
-
-class Translation:
+class Translation(TextToText):
     """Teacher-forced cross-entropy with label smoothing; evaluated by beam search and sacreBLEU.
 
     max_source_length, max_target_length: tokens with the end-of-sentence token; a longer record is skipped, or cut with
@@ -37,6 +20,8 @@ class Translation:
     tokenizer ("13a"; "zh", "ja-mecab", "char" for languages without spaces). start_token: what a target begins with
     (None: the tokenizer's begin token); weights that others trained want theirs, BART's "</s>".
     """
+
+    max_length_ratio = 2.0  # an untrained model does not find the end
 
     def __init__(
         self,
@@ -53,170 +38,20 @@ class Translation:
         start_token: str | None = None,
     ) -> None:
         """Raises ConfigError for options that cannot be."""
-        check_overlong(overlong)
+        super().__init__(
+            tokenizer,
+            source_column,
+            target_column,
+            label_smoothing=label_smoothing,
+            beam_size=beam_size,
+            length_penalty=length_penalty,
+            max_source_length=max_source_length,
+            max_target_length=max_target_length,
+            overlong=overlong,
+            start_token=start_token,
+        )
         _check_bleu_tokenize(bleu_tokenize)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ConfigError(f"task.label_smoothing={label_smoothing}: use a number from 0 to below 1.")
-        for key, value in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
-            if value < 2:
-                raise ConfigError(f"task.{key}={value}: a sentence takes at least 2 tokens, one of them the end.")
-        self.required_columns = (source_column, target_column)
-        self.max_length = max(max_source_length, max_target_length)
-        self.start_id = start_id(tokenizer, start_token)
-        self._tokenizer = tokenizer
-        self._source_column = source_column
-        self._target_column = target_column
-        self._label_smoothing = label_smoothing
-        self._beam_size = beam_size
-        self._length_penalty = length_penalty
-        self._max_source_length = max_source_length
-        self._max_target_length = max_target_length
-        self._overlong = overlong
         self._bleu_tokenize = bleu_tokenize
-
-    def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
-        """`source_ids`, `target_ids`: int32, each with the end-of-sentence token."""
-        sources = self._encode_texts([text_at(record, self._source_column) for record in records], source=True)
-        targets = self._encode_texts([text_at(record, self._target_column) for record in records], source=False)
-        return [self._join(source, target) for source, target in zip(sources, targets, strict=True)]
-
-    def _encode_texts(self, texts: Sequence[str | BadRecord], source: bool) -> list[list[int] | BadRecord]:
-        ids = iter(self._tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
-        side = "source" if source else "target"
-        limit = self._max_source_length if source else self._max_target_length
-        limited = (
-            text
-            if isinstance(text, BadRecord)
-            else limit_length([*next(ids), self._tokenizer.eos_id], f"task.max_{side}_length", limit, self._overlong)
-            for text in texts
-        )
-        return list(limited)
-
-    @staticmethod
-    def _join(source: list[int] | BadRecord, target: list[int] | BadRecord) -> Encoded | BadRecord:
-        if isinstance(source, BadRecord):
-            return source
-        if isinstance(target, BadRecord):
-            return target
-        fields = {"source_ids": np.asarray(source, np.int32), "target_ids": np.asarray(target, np.int32)}
-        return Encoded(fields, length=max(len(source), len(target)), num_target_tokens=len(target))
-
-    def pieces(self, sample: Encoded) -> list[Encoded]:
-        """Always one: half a sentence has no translation."""
-        return [sample]
-
-    def collate(self, samples: Sequence[Encoded]) -> Batch:
-        """`source_ids` [B,S] int64, `source_mask` [B,S] bool, `decoder_input_ids` [B,T] int64, `labels` [B,T] int64."""
-        targets = [sample.fields["target_ids"] for sample in samples]
-        labels = pad_rows(targets, IGNORE)
-        decoder_input = np.full_like(labels, self._tokenizer.pad_id)
-        decoder_input[:, 0] = self.start_id
-        decoder_input[:, 1:] = np.where(labels[:, 1:] == IGNORE, self._tokenizer.pad_id, labels[:, :-1])
-        batch = self._collate_sources(samples)
-        batch["decoder_input_ids"] = torch.from_numpy(decoder_input)
-        batch["labels"] = torch.from_numpy(labels)
-        return batch
-
-    def _collate_sources(self, samples: Sequence[Encoded]) -> Batch:
-        sources = [sample.fields["source_ids"] for sample in samples]
-        source_ids = pad_rows(sources, self._tokenizer.pad_id)
-        lengths = np.asarray([len(source) for source in sources])
-        mask = np.arange(source_ids.shape[1]) < lengths[:, None]
-        return {"source_ids": torch.from_numpy(source_ids), "source_mask": torch.from_numpy(mask)}
-
-    def sides(self, sample: Encoded) -> tuple[int, ...]:
-        """Source and target."""
-        return len(sample.fields["source_ids"]), len(sample.fields["target_ids"])
-
-    def collate_rows(self, rows: Sequence[Sequence[Encoded]], row_lengths: tuple[int, ...]) -> Batch:
-        """`collate`'s fields, and `source_segment_ids`, `source_position_ids` [B,S] int64, `target_...` [B,T] int64.
-
-        S, T = `row_lengths`. Each target begins with the start token in `decoder_input_ids`.
-        """
-        pad, start = self._tokenizer.pad_id, self.start_id
-        sources = [[sample.fields["source_ids"] for sample in row] for row in rows]
-        targets = [[sample.fields["target_ids"] for sample in row] for row in rows]
-        source_segments, source_positions = number_segments([[*map(len, row)] for row in sources], row_lengths[0])
-        target_segments, target_positions = number_segments([[*map(len, row)] for row in targets], row_lengths[1])
-        labels = pack_rows(targets, row_lengths[1], IGNORE)
-        decoder_input = np.select(
-            [target_segments == 0, target_positions == 0], [pad, start], np.roll(labels, 1, axis=1)
-        )
-        arrays = {
-            "source_ids": pack_rows(sources, row_lengths[0], pad),
-            "source_mask": source_segments > 0,
-            "source_segment_ids": source_segments,
-            "source_position_ids": source_positions,
-            "decoder_input_ids": decoder_input,
-            "labels": labels,
-            "target_segment_ids": target_segments,
-            "target_position_ids": target_positions,
-        }
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-    def loss(self, model: Any, batch: Batch) -> LossSums:
-        """Label-smoothed cross-entropy summed over the target tokens, the end-of-sentence tokens included."""
-        return token_loss(model, batch, self._label_smoothing)
-
-    def num_positions(self, batch: Batch) -> tuple[int, int]:
-        """Source and target positions of the rectangles, and how many of them are padding."""
-        total = batch["source_ids"].numel() + batch["labels"].numel()
-        return total, total - int(np.count_nonzero(batch["source_mask"].numpy())) - num_labels(batch)
-
-    def flops_per_sample_lengths(self, batch: Batch) -> dict[str, int]:
-        """The sides of the rectangles."""
-        return {"source_length": batch["source_ids"].shape[1], "target_length": batch["labels"].shape[1]}
-
-    def headline(self) -> tuple[str, str]:
-        """The loss (plain negative log-likelihood per token), which every evaluation has."""
-        return "eval/loss", "min"
-
-    def target_bytes(self, record: Record, sample: Encoded) -> int:
-        """UTF-8 bytes of the target text, as far as it was kept."""
-        if sample.num_target_tokens == self._max_target_length:  # may have been cut
-            return len(self._tokenizer.decode(sample.fields["target_ids"].tolist()).encode())
-        return len(self.source_and_reference(record)[1].encode())
-
-    def encode_prompts(self, texts: Sequence[str]) -> list[Encoded | BadRecord]:
-        """Source sentences without a target."""
-        checked = [text if text.strip() else BadRecord("the text is empty") for text in texts]
-        return [
-            source
-            if isinstance(source, BadRecord)
-            else Encoded({"source_ids": np.asarray(source, np.int32)}, length=len(source), num_target_tokens=0)
-            for source in self._encode_texts(checked, source=True)
-        ]
-
-    def generate(
-        self,
-        model: Any,
-        samples: Sequence[Encoded],
-        all_finished: AllFinished | None = None,
-        beam_size: int | None = None,
-        max_length: int | None = None,
-    ) -> list[str]:
-        """The best hypothesis of the beam search for each sample's source."""
-        from trainer.decoding import BeamOptions, beam_search
-
-        device = next(model.parameters()).device
-        batch = {name: tensor.to(device) for name, tensor in self._collate_sources(samples).items()}
-        options = BeamOptions(
-            beam_size=beam_size or self._beam_size,
-            max_length=max_length or self._max_target_length,
-            max_length_ratio=_MAX_LENGTH_RATIO if max_length is None else None,
-            length_penalty=self._length_penalty,
-        )
-        tokenizer = self._tokenizer
-        ids = beam_search(
-            model, batch, self.start_id, tokenizer.eos_id, tokenizer.pad_id, options, all_finished=all_finished
-        )
-        return [text.strip() for text in tokenizer.decode_batch(ids)]
-
-    def source_and_reference(self, record: Record) -> tuple[str, str]:
-        """The two columns."""
-        source, target = text_at(record, self._source_column), text_at(record, self._target_column)
-        assert isinstance(source, str) and isinstance(target, str), "the record was accepted by encode"
-        return source, target
 
     def score(
         self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str]
