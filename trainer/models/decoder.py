@@ -12,7 +12,16 @@ from trainer.errors import ConfigError
 from trainer.models.attention import SelfAttention, causal_bias, padding_bias, segment_bias
 from trainer.models.base import Model
 from trainer.models.cache import AttentionState, KeyValueCache
-from trainer.models.layers import FeedForward, Projection, RMSNorm, TokenEmbedding, add_dropped, dropout, matrix_size
+from trainer.models.layers import (
+    FeedForward,
+    HeadLoss,
+    Projection,
+    RMSNorm,
+    TokenEmbedding,
+    add_dropped,
+    dropout,
+    matrix_size,
+)
 from trainer.models.positions import rotary_tables
 
 
@@ -76,6 +85,7 @@ class Decoder(Model):
 
     packs_rows = True
     splits_positions = True
+    fuses_loss = True
 
     def __init__(
         self,
@@ -132,8 +142,8 @@ class Decoder(Model):
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.head = None if tie_embeddings else Projection(d_model, [(vocab_size, init_std)])
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """input_ids [B,T], optional attention_mask [B,T] -> logits [B,T,V].
+    def forward(self, batch: Mapping[str, Tensor], head_loss: HeadLoss | None = None) -> Tensor:
+        """input_ids [B,T], optional attention_mask [B,T] -> logits [B,T,V], or the `head_loss` (see `head_output`).
 
         Padding may stand on either side. On the right it costs nothing: causality hides it. Packed rows have
         segment_ids, position_ids [B,T].
@@ -153,7 +163,7 @@ class Decoder(Model):
         rotary = self.own_positions(angles[0])[:, :, None], self.own_positions(angles[1])[:, :, None]
         for layer in self.layers:
             x = layer(x, bias=bias, causal=bias is None, rotary=rotary)
-        return self._logits(x)
+        return self._logits(x, head_loss)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return dropout(self.embedding(ids), self.dropout, self.training)
@@ -161,10 +171,8 @@ class Decoder(Model):
     def _rotary(self, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
         return rotary_tables(length, self.head_dim, self.rotary_base, x.dtype, x.device)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        logits: Tensor = self.embedding(x, as_head=True) if self.head is None else self.head(x)
-        return logits
+    def _logits(self, x: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
+        return self.head_output(self.norm(x), head_loss)
 
     def start_decoding(self, batch: Mapping[str, Tensor]) -> AttentionState:
         """Read the prompts input_ids [B,P] but for their last tokens: the first `decode_step` takes them (`first_ids`).

@@ -10,7 +10,7 @@ import torch
 
 from trainer.errors import ConfigError
 from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
-from trainer.tasks.loss import token_loss
+from trainer.tasks.loss import check_loss, token_loss
 from trainer.tasks.text import (
     TextTokenizer,
     check_overlong,
@@ -42,6 +42,7 @@ class Translation:
         source_column: str,
         target_column: str,
         label_smoothing: float = 0.1,
+        z_loss: float = 0.0,
         beam_size: int = 4,
         length_penalty: float = 1.0,
         max_source_length: int = 128,
@@ -52,8 +53,7 @@ class Translation:
         """Raises ConfigError for options that cannot be."""
         check_overlong(overlong)
         _check_bleu_tokenize(bleu_tokenize)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ConfigError(f"task.label_smoothing={label_smoothing}: use a number from 0 to below 1.")
+        check_loss(label_smoothing, z_loss)
         for key, value in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
             if value < 2:
                 raise ConfigError(f"task.{key}={value}: a sentence takes at least 2 tokens, one of them the end.")
@@ -63,6 +63,7 @@ class Translation:
         self._source_column = source_column
         self._target_column = target_column
         self._label_smoothing = label_smoothing
+        self._z_loss = z_loss
         self._beam_size = beam_size
         self._length_penalty = length_penalty
         self._max_source_length = max_source_length
@@ -150,7 +151,7 @@ class Translation:
 
     def loss(self, model: Any, batch: Batch) -> LossSums:
         """Label-smoothed cross-entropy summed over the target tokens, the end-of-sentence tokens included."""
-        return token_loss(model, batch, self._label_smoothing)
+        return token_loss(model, batch, self._label_smoothing, self._z_loss)
 
     def num_positions(self, batch: Batch) -> tuple[int, int]:
         """Source and target positions of the rectangles, and how many of them are padding."""
