@@ -39,7 +39,7 @@ class Targets:
         return head_loss(hidden, weight, bias, self)
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would load the compiler for everybody
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets) -> Tensor:
     """The sums [objective, nll, number correct], fp32 [3], over the positions whose label is not negative.
 
@@ -49,8 +49,8 @@ def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Targ
     plus z_loss x log(Z)^2, Z the sum of the exponents of a row's logits (PaLM, Chowdhery et al. 2022, section 5); alone
     it has a gradient, once. nll: the plain negative log-likelihood in nats. number correct: how often the label is the
     arg max; where there is a gradient, a label that ties with the maximum counts too, which saves a search.
-    On a GPU Liger's kernel does the work where `liger_kernel` is installed and labels are not smoothed (it does not tell
-    the nll beside a smoothed objective).
+    On a GPU Liger's kernel does the work where `liger_kernel` is installed and labels are not smoothed (beside a
+    smoothed objective it does not tell the nll).
     """
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.labels.reshape(-1)
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
@@ -85,7 +85,7 @@ class _HeadLoss(torch.autograd.Function):
         bias_gradient = torch.zeros(num_classes, device=weight.device) if wants_bias else None
         sums = torch.zeros(3, device=hidden.device)
         buffer = hidden.new_empty(rows, num_classes)
-        for chunk in places.split(rows):
+        for chunk in torch.split(places, rows):
             inputs, logits = hidden[chunk], buffer[: len(chunk)]
             if bias is None:
                 torch.mm(inputs, weight.t(), out=logits)
@@ -117,13 +117,13 @@ def _add_product(total: Tensor, logits_gradient: Tensor, inputs: Tensor) -> None
         total.addmm_(logits_gradient.t(), inputs)
         return
     step = max(1, CPU_BLOCK_ELEMENTS * 16 // total.shape[1])  # a few MiB of products at a time
-    for part, gradient in zip(total.split(step), logits_gradient.t().split(step), strict=True):
+    for part, gradient in zip(torch.split(total, step), torch.split(logits_gradient.t(), step), strict=True):
         part.add_(gradient @ inputs)
 
 
 def _to_gradients(logits: Tensor, labels: Tensor, smoothing: float, z_loss: float, trains: bool) -> Tensor:
-    """The sums [3] of `logits` [n,V] at `labels` [n], none of them negative; leaves in `logits` the objective's gradients
-    where it `trains`, and anything elsewhere."""
+    """The sums [3] of `logits` [n,V] at `labels` [n], none of them negative; leaves in `logits` the objective's
+    gradients where it `trains`, and anything elsewhere."""
     sums = torch.zeros(3, device=logits.device)
     for rows, values, _ in fp32_blocks(logits, in_place=True):
         index = labels[rows, None]
@@ -163,11 +163,13 @@ def _has_liger() -> bool:
 
 def _liger(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, z_loss: float) -> Tensor:
     """`head_loss` by Liger's kernel (Hsu et al. 2024)."""
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    from importlib import import_module
 
     from trainer.tasks import IGNORE
 
-    made = liger_fused_linear_cross_entropy(
+    functional: Any = import_module("liger_kernel.transformers.functional")
+
+    made = functional.liger_fused_linear_cross_entropy(
         hidden,
         weight,
         labels,

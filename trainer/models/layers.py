@@ -75,8 +75,8 @@ class TokenEmbedding(nn.Module):
         self.row_stds = ((vocab_size, std),)
 
     def forward(self, inputs: Tensor, as_head: bool = False, head_loss: HeadLoss | None = None) -> Tensor:
-        """Ids [...] int64 -> vectors [..., d_model]; `as_head`: hidden [..., d_model] -> logits [..., vocab_size], or the
-        `head_loss` of it."""
+        """Ids [...] int64 -> vectors [..., d_model]; `as_head`: hidden [..., d_model] -> logits [..., vocab_size], or
+        the `head_loss` of it."""
         if as_head and head_loss is not None:
             return head_loss(inputs, self.weight, self.head_bias)
         return F.linear(inputs, self.weight, self.head_bias) if as_head else F.embedding(inputs, self.weight)
