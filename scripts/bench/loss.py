@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 python scripts/bench/loss.py [--tokens 8192] [--vocabulary 131072] [--d-model 256] [--pairs 3]
 
 `plain` is F.linear and F.cross_entropy under autograd, `whole` F.linear and our loss of whole logits, `fused` the
-head's own loss. They take turns; printed are the median of the seconds and of the ratio to the plain one beside it, and the
-peak bytes of all tensors above hidden states, weight and their gradients. Equality of loss and gradients is checked
+head's own loss. They take turns; printed are the median of the seconds and of the ratio to the plain one beside it, and
+the peak bytes of all tensors above hidden states, weight and their gradients. Equality of loss and gradients is checked
 first, relative to the largest element.
 """
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.checkpoint.load import Reader
 from trainer.commands import run_command
 from trainer.config import Precision
 from trainer.errors import ConfigError, SetupError
@@ -38,6 +37,7 @@ class ExportOptions:
     run: str | None = None
     runs_dir: str = "runs"
     checkpoint: str = "latest"
+    weights: str = "master"
     allow_targets: list[str] = field(default_factory=list)
     dtype: str = "bf16"
     max_shard_gb: float = 5.0
@@ -88,9 +88,9 @@ def _write(options: ExportOptions, folder: Path) -> str:
     from trainer.restore import find_run, load_model
 
     identity = identity_from(options.key_file) if options.encrypt else None
-    found = find_run(str(options.run), options.runs_dir, options.checkpoint, options.allow_targets)
+    found = find_run(str(options.run), options.runs_dir, options.checkpoint, options.allow_targets, options.weights)
     form, dtype = format_of(found.config.model, found.tokenizer), DTYPES[Precision(options.dtype)]
-    with Reader(found.checkpoint) as reader:
+    with found.reader() as reader:
         files = write_weights(reader, form, folder, dtype, int(options.max_shard_gb * 1e9))
     _write_json(folder / "config.json", {**form.config, "dtype": str(dtype).removeprefix("torch.")})
     _write_tokenizer(folder, found, form)
