@@ -214,14 +214,8 @@ PARTS = ("model", "task", "data", "tokenizer", "optimizer", "schedule")
 _FREE = (
     *("name", "runs_dir", "steps", "resume", "dry_run", "allow_targets", "log", "eval", "stop", "checkpoint"),
     *("init_from", "precision", "logging", "guard", "debug", "engine", "batch.micro_size", "batch.micro_tokens"),
-    *(
-        "data.trace",
-        "data.workers",
-        "data.retry_seconds",
-        "data.max_bad_fraction",
-        "data.on_bad_record",
-        "ema.evaluate",
-    ),
+    *("data.trace", "data.workers", "data.retry_seconds", "data.max_bad_fraction", "data.on_bad_record"),
+    "ema.evaluate",
 )
 """Keys, with all below them, that may change when a run goes on: what a step learns does not depend on them, or, of
 the precision, only in rounding, for the masters are fp32 in all."""

@@ -93,8 +93,8 @@ def _of_memory(values: Mapping[str, Any], stage: int) -> list[str]:
     if values.get("engine.compile") and stage == 3:
         problems.append(
             "engine.compile=true does not go with engine.stage=3, which gathers the parameters of each module from"
-            " Python just before it runs: every module would be a graph of its own, and a stale one where a parameter is"
-            " not there; use engine=zero2 or engine=zero1, or engine.compile=false."
+            " Python just before it runs: every module would be a graph of its own, and a stale one where a parameter"
+            " is not there; use engine=zero2 or engine=zero1, or engine.compile=false."
         )
     for key in ("engine.sequence_parallel", "engine.tensor_parallel"):
         if values.get("engine.compile") and values.get(key, 1) > 1:

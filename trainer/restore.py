@@ -63,8 +63,8 @@ def find_run(
     allow_targets: Sequence[str] = (),
     weights: str = "master",
 ) -> FoundRun:
-    """The run `name`; checkpoint: "latest", "best", a step, or "average:N", the mean of the last N; weights: "master" or
-    "ema".
+    """The run `name`; checkpoint: "latest", "best", a step, or "average:N", the mean of the last N; weights: "master"
+    or "ema".
 
     allow_targets: as in the configuration, and instead of the run's own: a run may come from somebody else. Raises
     ConfigError for a name that leads out of `runs_dir` and for other targets, CheckpointError when there is no such run
