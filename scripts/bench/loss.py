@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=2 python scripts/bench/loss.py [--tokens 8192] [--vocabulary 131072] [--d-model 256] [--pairs 3]
 
 `plain` is F.linear and F.cross_entropy under autograd, `whole` F.linear and our loss of whole logits, `fused` the
-head's own loss. They take turns; printed are the median of the seconds and of the ratio to the plain one beside it, and
-the peak bytes of all tensors above hidden states, weight and their gradients. Equality of loss and gradients is checked
-first, relative to the largest element.
+head's own loss. They take turns; printed are the medians of the seconds and of their ratio to the plain one beside it, by
+the clock and by the processor's time (which tells more on a busy machine, with one thread), and the peak bytes of all
+tensors above hidden states, weight and their gradients. Equality of loss and gradients is checked first, relative to
+the largest element.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ def fused(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> T
     return Targets(labels, smoothing)(hidden, weight, None)[0]
 
 
-def learn(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> tuple[float, Tensor]:
-    """Forward and backward: seconds, and the loss."""
+def learn(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> tuple[float, float, Tensor]:
+    """Forward and backward: seconds, those of the processor, and the loss."""
     hidden.grad = weight.grad = None
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     value = loss(hidden, weight, labels, smoothing) / len(labels)
     value.backward()  # type: ignore[no-untyped-call]
-    return time.perf_counter() - started, value.detach()
+    return time.perf_counter() - started, time.process_time() - busy, value.detach()
 
 
 def main() -> None:
@@ -72,25 +73,30 @@ def main() -> None:
     peaks, made = {}, {}
     for name, loss in losses.items():
         with LiveBytes() as live:
-            value = learn(loss, *case)[1]
+            value = learn(loss, *case)[2]
         kept = sum(tensor.numel() * tensor.itemsize for tensor in (hidden, weight))
         peaks[name] = live.peak - kept
         made[name] = value, hidden.grad, weight.grad
     for name in ("whole", "fused"):
         off = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(made[name], made["plain"], strict=True)]  # type: ignore[union-attr, operator]
-        print(f"{name}: loss and gradients differ from the plain ones by " + ", ".join(f"{x:.1e}" for x in off))
+        print(
+            f"{name}: loss and gradients differ from the plain ones by " + ", ".join(f"{x:.1e}" for x in off),
+            flush=True,
+        )
     made.clear()
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in losses}
     for _ in range(options.pairs):
         for name, loss in losses.items():
-            seconds[name].append(learn(loss, *case)[0])
+            seconds[name].append(learn(loss, *case)[:2])
     logits_and_gradient = 2 * options.tokens * options.vocabulary * dtype.itemsize
-    print("loss    seconds   of plain   peak MiB   of logits and gradient")
+    print("loss    seconds   of plain   processor   of plain   peak MiB   of logits and gradient")
     for name in losses:
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
-        share = peaks[name] / logits_and_gradient
-        middle = statistics.median(seconds[name])
-        print(f"{name:6} {middle:8.2f} {ratio:10.3f} {peaks[name] / 2**20:10.0f} {share:24.3f}", flush=True)
+        line = f"{name:6}"
+        for kind in (0, 1):
+            beside = zip(seconds[name], seconds["plain"], strict=True)
+            ratio = statistics.median(own[kind] / other[kind] for own, other in beside)
+            line += f" {statistics.median(one[kind] for one in seconds[name]):8.2f} {ratio:10.3f}  "
+        print(f"{line} {peaks[name] / 2**20:6.0f} {peaks[name] / logits_and_gradient:24.3f}", flush=True)
 
 
 if __name__ == "__main__":
