@@ -20,8 +20,8 @@ from torch import Tensor
 
 CPU_BLOCK_ELEMENTS = 2**18  # 1 MiB of fp32: fits a core's L2 cache
 GPU_BLOCK_ELEMENTS = 2**27  # 512 MiB of fp32: few launches, bounded memory
-CHUNK_ELEMENTS = 2**26
-"""Of the logits that exist at once under `head_loss`: 512 rows of a vocabulary of 128k, 256 MiB in fp32."""
+CHUNK_ELEMENTS = 2**25
+"""Of the logits that exist at once under `head_loss`: 256 rows of a vocabulary of 128k, 128 MiB in fp32."""
 
 
 @dataclass(frozen=True, slots=True)

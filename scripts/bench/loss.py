@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=2 python scripts/bench/loss.py [--tokens 8192] [--vocabulary 131072] [--d-model 256] [--pairs 3]
 
 `plain` is F.linear and F.cross_entropy under autograd, `whole` F.linear and our loss of whole logits, `fused` the
-head's own loss. They take turns; printed are the medians of the seconds and of their ratio to the plain one beside it, by
-the clock and by the processor's time (which tells more on a busy machine, with one thread), and the peak bytes of all
-tensors above hidden states, weight and their gradients. Equality of loss and gradients is checked first, relative to
-the largest element.
+head's own loss. They take turns; printed are the medians of the seconds and of their ratio to the plain one beside it,
+by the clock and by the processor's time (which tells more on a busy machine, with one thread), and the peak bytes of
+all tensors above hidden states, weight and their gradients. Equality of loss and gradients is checked first, relative
+to the largest element.
 """
 
 from __future__ import annotations
