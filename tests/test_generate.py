@@ -48,7 +48,7 @@ def task(monkeypatch: pytest.MonkeyPatch) -> Shout:
     """The task of every run that is restored."""
     task = Shout()
     restored = SimpleNamespace(task=task, model=torch.nn.Identity())
-    monkeypatch.setattr(trainer.restore, "restore_run", lambda name, runs_dir, checkpoint, allow_targets: restored)
+    monkeypatch.setattr(trainer.restore, "restore_run", lambda *_: restored)
     return task
 
 
@@ -106,6 +106,6 @@ def test_a_run_that_writes_no_text_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     restored = SimpleNamespace(task=object(), model=torch.nn.Identity())
-    monkeypatch.setattr(trainer.restore, "restore_run", lambda name, runs_dir, checkpoint, allow_targets: restored)
+    monkeypatch.setattr(trainer.restore, "restore_run", lambda *_: restored)
     assert main(["run=digits", "text=a"]) == 2
     assert "run=digits: its task object does not generate text" in capsys.readouterr().err

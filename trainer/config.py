@@ -150,6 +150,14 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """An exponential moving average of the weights; it is saved beside them."""
+
+    decay: float | None = None  # of an update; null: none is kept
+    evaluate: bool = False  # evaluate the average instead of the weights while training
+
+
+@dataclass(frozen=True)
 class GuardConfig:
     """What protects a run from itself."""
 
@@ -198,6 +206,7 @@ class Config:
     stop: StopConfig = field(default_factory=StopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
@@ -218,6 +227,7 @@ _FREE = (
     *("name", "runs_dir", "steps", "resume", "dry_run", "allow_targets", "log", "eval", "stop", "checkpoint"),
     *("init_from", "precision", "logging", "guard", "debug", "engine", "batch.micro_size", "batch.micro_tokens"),
     *("data.trace", "data.workers", "data.retry_seconds", "data.max_bad_fraction", "data.on_bad_record"),
+    "ema.evaluate",
 )
 """Keys, with all below them, that may change when a run goes on: what a step learns does not depend on them, or, of
 the precision, only in rounding, for the masters are fp32 in all."""

@@ -280,6 +280,7 @@ class EvaluateOptions:
     split: str = "test"
     runs_dir: str = "runs"
     checkpoint: str = "latest"
+    weights: str = "master"
     allow_targets: list[str] = field(default_factory=list)
     max_samples: int | None = None
     generate: bool = True
@@ -306,7 +307,8 @@ def _evaluate_run(options: EvaluateOptions) -> None:
     from trainer.restore import restore_run
 
     with distributed.process_group():
-        restored = restore_run(options.run, options.runs_dir, options.checkpoint, options.allow_targets)
+        found = options.run, options.runs_dir, options.checkpoint, options.allow_targets, options.weights
+        restored = restore_run(*found)
         evaluation = Evaluation(options.split, options.max_samples, make_plan(restored.config, 1), options.generate)
         result = evaluate_fully(
             _RestoredEngine(restored.model),

@@ -30,6 +30,7 @@ class GenerateOptions:
     batch_size: int = 64
     runs_dir: str = "runs"
     checkpoint: str = "latest"
+    weights: str = "master"
     allow_targets: list[str] = field(default_factory=list)
 
 
@@ -96,7 +97,8 @@ def _generate(options: GenerateOptions) -> None:
     from trainer.evaluate import write_atomically
     from trainer.restore import restore_run
 
-    restored = restore_run(options.run, options.runs_dir, options.checkpoint, options.allow_targets)
+    found = options.run, options.runs_dir, options.checkpoint, options.allow_targets, options.weights
+    restored = restore_run(*found)
     if not isinstance(restored.task, GeneratesText):
         raise ConfigError(f"run={options.run}: its task {type(restored.task).__name__} does not generate text.")
     written = generate_texts(

@@ -44,7 +44,7 @@ def impossible(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"engine.stage={stage} does not go with engine.kind={kind}; choose engine=plain, zero1, zero2 or zero3."
         )
-    problems += _of_memory(values, stage) + _of_privacy(values)
+    problems += _of_memory(values, stage) + _of_privacy(values) + _of_average(values)
     if values.get("schedule.unit") == "tokens" and values.get("stop.tokens") is None:
         problems.append("schedule.unit=tokens needs the number of tokens at the run's end; set stop.tokens.")
     if values.get("stop.patience") is not None and values.get("eval.every") == 0:
@@ -85,6 +85,21 @@ def _of_privacy(values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _of_average(values: Mapping[str, Any]) -> list[str]:
+    """Of the moving average of the weights."""
+    decay, problems = values.get("ema.decay"), []
+    if decay is not None and not 0 < decay < 1:
+        problems.append(f"ema.decay={decay:g} is not between 0 and 1; use a number such as 0.999, or null for none.")
+    if decay is not None and values.get("engine.offload_optimizer") == "nvme":
+        problems.append(
+            f"ema.decay={decay:g} does not go with engine.offload_optimizer=nvme: every update of the average would"
+            " read the masters from the disk again; use engine.offload_optimizer=cpu, or ema.decay=null."
+        )
+    if values.get("ema.evaluate") and decay is None:
+        problems.append("ema.evaluate=true needs an average to evaluate; set ema.decay, such as 0.999.")
+    return problems
+
+
 def _of_memory(values: Mapping[str, Any], stage: int) -> list[str]:
     """Of the keys that trade memory for time."""
     problems = []
@@ -105,6 +120,12 @@ def _of_memory(values: Mapping[str, Any], stage: int) -> list[str]:
         problems.append(
             "engine.offload_parameters=nvme is not supported, only masters and optimizer states live on a disk;"
             " use engine.offload_parameters=cpu."
+        )
+    if values.get("engine.compile") and stage == 3:
+        problems.append(
+            "engine.compile=true does not go with engine.stage=3, which gathers the parameters of each module from"
+            " Python just before it runs: every module would be a graph of its own, and a stale one where a parameter"
+            " is not there; use engine=zero2 or engine=zero1, or engine.compile=false."
         )
     for key in ("engine.sequence_parallel", "engine.tensor_parallel"):
         if values.get("engine.compile") and values.get(key, 1) > 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from trainer.engine.average import AVERAGE
 from trainer.engine.base import BuildModel, Engine
 from trainer.errors import CheckpointError
 from trainer.pretrained import Weights
@@ -27,7 +28,7 @@ def initialise(engine: Engine, build_model: BuildModel, seed: int, weights: Weig
     generator = torch.Generator()
     current, values = "", torch.empty(0)
     for fragment in engine.fragments():
-        if fragment.key != "master":
+        if fragment.key not in ("master", AVERAGE):
             continue
         if fragment.parameter != current:
             current = fragment.parameter

@@ -1,6 +1,6 @@
 """Optimizers: which parameters decay, and what each optimizer is asked to do.
 
-The optimizer itself is a part (`torch.optim.AdamW`, `SGD`, `Adafactor`, or any allowed class); this module only
+The optimizer itself is a part (of `torch.optim`, of `trainer.optimizers`, or any allowed class); this module only
 groups the parameters. Learning rates come from the schedule at every step.
 """
 
@@ -16,16 +16,17 @@ from trainer.errors import ConfigError
 
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices decay, vectors (biases, norms) do not. Empty groups are left out.
+    """Two groups: matrices decay, vectors (biases, norms) do not. Empty groups are left out; parameters come
+    with their names.
 
     Matrix or vector is decided by the *declared* shape: under ZeRO-3 the local tensor is empty, `ds_shape` tells.
     """
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for _, parameter in named:
+    decayed: list[tuple[str, torch.nn.Parameter]] = []
+    plain: list[tuple[str, torch.nn.Parameter]] = []
+    for name, parameter in named:
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) >= 2 else plain).append(parameter)
+            (decayed if len(shape) >= 2 else plain).append((name, parameter))
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},

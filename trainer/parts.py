@@ -17,6 +17,7 @@ from trainer.data.sources import column
 from trainer.data.stages import NeedsPass, Stage
 from trainer.data.stream import StreamData
 from trainer.data.tokenizer import Tokenizer
+from trainer.engine.average import with_average
 from trainer.engine.base import BuildModel, Engine
 from trainer.engine.ds_config import make_ds_config
 from trainer.engine.plain import PlainEngine
@@ -135,11 +136,7 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
             f"data.batching=packed: {type(model).__name__} does not keep the samples of a row apart;"
             " use data.batching=bucketed."
         )
-    if config.engine.kind == "zero" and config.optimizer["_target_"].endswith(".Adafactor"):
-        problems.append(
-            "optimizer=adafactor keeps a second moment by rows and columns of each matrix, and ZeRO flattens matrices;"
-            " use engine=plain, or optimizer=adamw."
-        )
+    problems += _optimizer_problems(config)
     for key, value in (
         ("engine.recompute", config.engine.recompute),
         ("engine.offload_activations", config.engine.offload_activations),
@@ -150,6 +147,26 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
         problems += _fp16_problems(config, model)
     if problems:
         raise ConfigError(*problems)
+
+
+_WANTS_WHOLE = {
+    "torch.optim.Adafactor": "adafactor keeps a second moment by rows and columns of each matrix",
+    "trainer.optimizers.adamw_scale.AdamWScale": "adamw_scale measures each parameter as a whole",
+    "trainer.optimizers.muon.Muon": "muon orthogonalises each matrix as a whole",
+}
+"""Optimizers that cannot update a part of a parameter by itself, and why."""
+
+
+def _optimizer_problems(config: Config) -> list[str]:
+    why = _WANTS_WHOLE.get(config.optimizer["_target_"])
+    if why is None:
+        return []
+    cure = "use engine=plain, or optimizer=adamw or lion."
+    problems = [f"optimizer={why}, and ZeRO flattens matrices; {cure}"] if config.engine.kind == "zero" else []
+    if config.engine.tensor_parallel > 1:
+        cure = "use engine.tensor_parallel=1, or optimizer=adamw or lion."
+        problems.append(f"optimizer={why}, and engine.tensor_parallel splits matrices; {cure}")
+    return problems
 
 
 def _fp16_problems(config: Config, model: Any) -> list[str]:
@@ -197,7 +214,7 @@ def make_engine(config: Config, plan: RunPlan, build_model: BuildModel, layout: 
         def build_in_dtype() -> torch.nn.Module:
             return build_light().to(dtype) if plan.zero_stage == 3 else build_light()
 
-        return ZeroEngine(
+        engine: Engine = ZeroEngine(
             build_in_dtype,
             lambda named: build_optimizer(config.optimizer, named),
             make_ds_config(plan),
@@ -206,20 +223,22 @@ def make_engine(config: Config, plan: RunPlan, build_model: BuildModel, layout: 
             slices,
             plan.nvme_path,
         )
-    make: Callable[..., Engine] = PlainEngine
-    if config.privacy.noise_multiplier is not None:
-        make = partial(
-            PrivateEngine,
-            noise_multiplier=config.privacy.noise_multiplier,
-            sample_norm=config.privacy.clip_norm,
-            global_size=config.batch.global_size,
+    else:
+        make: Callable[..., Engine] = PlainEngine
+        if config.privacy.noise_multiplier is not None:
+            make = partial(
+                PrivateEngine,
+                noise_multiplier=config.privacy.noise_multiplier,
+                sample_norm=config.privacy.clip_norm,
+                global_size=config.batch.global_size,
+            )
+        engine = make(
+            build_light(),
+            lambda named: build_optimizer(config.optimizer, named),
+            dtype,
+            config.clip_norm,
+            config.engine.compile,
+            layout,
+            slices,
         )
-    return make(
-        build_light(),
-        lambda named: build_optimizer(config.optimizer, named),
-        dtype,
-        config.clip_norm,
-        config.engine.compile,
-        layout,
-        slices,
-    )
+    return with_average(engine, config.ema)

@@ -10,7 +10,8 @@ import torch
 
 from trainer import distributed
 from trainer.build import build, check_parts
-from trainer.checkpoint.load import Checkpoint, Reader, find
+from trainer.checkpoint.average import WeightReader, find_all
+from trainer.checkpoint.load import Checkpoint
 from trainer.config import Config, config_from_yaml
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
@@ -38,18 +39,34 @@ class RestoredRun:
 
 @dataclass(frozen=True, slots=True)
 class FoundRun:
-    """What the directory of a run says, before anything is built."""
+    """What the directory of a run says, before anything is built. checkpoints: those whose weights are averaged, newest
+    first; weights: "master", or "ema" for their moving average."""
 
     config: Config
     directory: RunDirectory
-    checkpoint: Checkpoint
+    checkpoints: Sequence[Checkpoint]
     tokenizer: Tokenizer | None
+    weights: str = "master"
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The one, or the newest."""
+        return self.checkpoints[0]
+
+    def reader(self) -> WeightReader:
+        """For the weights."""
+        return WeightReader(self.checkpoints, self.weights)
 
 
 def find_run(
-    name: str, runs_dir: str = "runs", checkpoint: str = "latest", allow_targets: Sequence[str] = ()
+    name: str,
+    runs_dir: str = "runs",
+    checkpoint: str = "latest",
+    allow_targets: Sequence[str] = (),
+    weights: str = "master",
 ) -> FoundRun:
-    """The run `name`; checkpoint: "latest", "best" or a step.
+    """The run `name`; checkpoint: "latest", "best", a step, or "average:N", the mean of the last N; weights: "master"
+    or "ema".
 
     allow_targets: as in the configuration, and instead of the run's own: a run may come from somebody else. Raises
     ConfigError for a name that leads out of `runs_dir` and for other targets, CheckpointError when there is no such run
@@ -63,8 +80,9 @@ def find_run(
         raise CheckpointError(f"run={name}: there is no {directory.config}; runs in {runs_dir}: {existing}.")
     config = config_from_yaml(directory.config)
     check_parts(replace(config, allow_targets=[one.strip("[] ") for one in allow_targets]))
-    found = find(directory.checkpoints, checkpoint)
-    return FoundRun(config, directory, found, None if config.tokenizer is None else directory.read_tokenizer())
+    found = find_all(directory.checkpoints, checkpoint)
+    tokenizer = None if config.tokenizer is None else directory.read_tokenizer()
+    return FoundRun(config, directory, found, tokenizer, weights)
 
 
 def load_model(run: FoundRun) -> torch.nn.Module:
@@ -76,8 +94,8 @@ def load_model(run: FoundRun) -> torch.nn.Module:
     parameters = dict(model.named_parameters())
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     folder = run.checkpoint.folder
-    with Reader(run.checkpoint) as reader:
-        saved = {name: shape for (name, state), shape in reader.shapes.items() if state == "master"}
+    with run.reader() as reader:
+        saved = {name: shape for (name, _), shape in reader.shapes.items()}
         missing = sorted(trained - set(saved))
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} parameters of the model: {', '.join(missing[:5])}.")
@@ -96,10 +114,14 @@ def load_model(run: FoundRun) -> torch.nn.Module:
 
 
 def restore_run(
-    name: str, runs_dir: str = "runs", checkpoint: str = "latest", allow_targets: Sequence[str] = ()
+    name: str,
+    runs_dir: str = "runs",
+    checkpoint: str = "latest",
+    allow_targets: Sequence[str] = (),
+    weights: str = "master",
 ) -> RestoredRun:
     """Rebuild the run `name` from its directory. Arguments, and what is raised: see `find_run` and `load_model`."""
-    run = find_run(name, runs_dir, checkpoint, allow_targets)
+    run = find_run(name, runs_dir, checkpoint, allow_targets, weights)
     config, tokenizer = run.config, run.tokenizer
     model = load_model(run).to(distributed.device(), DTYPES[config.precision]).eval()
     task = make_task(config, tokenizer)

@@ -199,14 +199,19 @@ class Reader:
             f" {start}; the checkpoint was written by another model or optimizer."
         )
 
+    def check_held(self, parameter: str, state: str) -> None:
+        """Raise CheckpointError when the checkpoint has fewer elements of a state than its shape says."""
+        numel = math.prod(self.shapes.get((parameter, state), ()))
+        held = sum(piece.numel for piece in self._pieces[parameter, state])
+        if held < numel:
+            raise self._lacks(parameter, state, held, numel, 0)
+
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter's master weights, one at a time, fp32."""
         for (parameter, state), shape in self.shapes.items():
             if state == "master":
-                numel, held = math.prod(shape), sum(piece.numel for piece in self._pieces[parameter, state])
-                if held < numel:  # told before memory is asked for, whatever the shape says
-                    raise self._lacks(parameter, state, held, numel, 0)
-                target = torch.empty(numel)
+                self.check_held(parameter, state)  # before memory is asked for, whatever the shape says
+                target = torch.empty(math.prod(shape))
                 self.read_into(parameter, state, 0, target)
                 yield parameter, target.view(shape)
 

@@ -28,9 +28,11 @@ def materialise_state(optimizer: torch.optim.Optimizer, parameters: list[torch.T
         return
     saved_groups = [(group["params"], group["lr"]) for group in optimizer.param_groups]
     saved_grads = [parameter.grad for parameter in missing]
-    for group, (_, _) in zip(optimizer.param_groups, saved_groups, strict=True):
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for group in optimizer.param_groups:
         group["params"], group["lr"] = [], 0.0
-    optimizer.param_groups[0]["params"] = missing
+    for parameter in missing:  # ZeRO-3 puts a sub-group of parameters into a group when it steps
+        groups.get(parameter, optimizer.param_groups[0])["params"].append(parameter)
     for parameter in missing:
         parameter.grad = _zeros_like(parameter)
     optimizer.step()

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint.load import Reader
 from trainer.commands import run_command
 from trainer.config import Precision
 from trainer.errors import ConfigError, SetupError
@@ -33,6 +32,7 @@ class ExportOptions:
     run: str | None = None
     runs_dir: str = "runs"
     checkpoint: str = "latest"
+    weights: str = "master"
     allow_targets: list[str] = field(default_factory=list)
     dtype: str = "bf16"
     max_shard_gb: float = 5.0
@@ -83,9 +83,9 @@ def _write(options: ExportOptions, folder: Path) -> str:
     from trainer.restore import find_run, load_model
 
     identity = identity_from(options.key_file) if options.encrypt else None
-    found = find_run(str(options.run), options.runs_dir, options.checkpoint, options.allow_targets)
+    found = find_run(str(options.run), options.runs_dir, options.checkpoint, options.allow_targets, options.weights)
     form, dtype = format_of(found.config.model, found.tokenizer), DTYPES[Precision(options.dtype)]
-    with Reader(found.checkpoint) as reader:
+    with found.reader() as reader:
         files = write_weights(reader, form, folder, dtype, int(options.max_shard_gb * 1e9))
     write_beside(folder, found, form, str(dtype).removeprefix("torch."))
     told = f"{form.architecture}, {sum(path.stat().st_size for path in files):,} bytes of weights in {len(files)} files"

@@ -13,6 +13,8 @@ The contract of a model (an `nn.Module`; build it by `_target_`, every hyper-par
     recurrent model knows no packed rows.
   - classifier: `inputs` [B,...] float -> logits [B,C]
   Logits come in the parameters' dtype; the task computes the loss in fp32.
+  A model that `fuses_loss` has `forward(batch, head_loss=None)`: where a `head_loss` is given its output head computes
+  that of hidden states and its weight, and `forward` returns it instead of logits. `Model.head_output` is how.
 * `reset_parameter(name, generator)`: fills that parameter in place from `torch.Generator`, and
   `reset_parameters(generator)` all of them, in the order of `named_parameters()`. The only place of initialisation:
   what `__init__` leaves behind is arbitrary. Works after the module was built on the meta device and materialised.

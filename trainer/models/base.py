@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from trainer.models.layers import initialise
+from trainer.models.layers import HeadLoss, initialise
 
 Batch = Mapping[str, Tensor]
 
@@ -21,10 +21,24 @@ class Model(nn.Module):
     """Whether the samples of a packed row (with segment ids) are kept apart."""
     splits_positions = False
     """Whether `forward` goes on with `own_positions` of the embedded sequences."""
+    fuses_loss = False
+    """Whether `forward` takes a `head_loss` and ends in `head_output`."""
 
     def own_positions(self, x: Tensor) -> Tensor:
         """Of x [B,T,...] the positions this process computes: all; replaced where they are split over ranks."""
         return x
+
+    def head_output(self, x: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
+        """What the output head makes of x [..., d_model]: logits [..., V], or the `head_loss` of it,
+        for which logits need never exist as a whole.
+
+        The head is the model's `head`, a `Projection`, or where it is None the tied `embedding`, a `TokenEmbedding`.
+        """
+        head: Any = self.head
+        if head is None:
+            tied: Any = self.embedding
+            return tied(x, as_head=True, head_loss=head_loss)  # type: ignore[no-any-return]
+        return head(x, head_loss=head_loss)  # type: ignore[no-any-return]
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Fill every parameter in place, in the order of `named_parameters()`.

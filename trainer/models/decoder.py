@@ -16,6 +16,7 @@ from trainer.models.cache import AttentionState, KeyValueCache
 from trainer.models.layers import (
     Activation,
     FeedForward,
+    HeadLoss,
     NormKind,
     PositionEmbedding,
     Projection,
@@ -105,6 +106,7 @@ class Decoder(Model):
 
     packs_rows = True
     splits_positions = True
+    fuses_loss = True
 
     def __init__(
         self,
@@ -164,8 +166,8 @@ class Decoder(Model):
         self.norm = make_norm(norm, d_model, bias == "all", norm_eps)
         self.head = None if tie_embeddings else Projection(d_model, [(vocab_size, init_std)])
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """input_ids [B,T], optional attention_mask [B,T] -> logits [B,T,V].
+    def forward(self, batch: Mapping[str, Tensor], head_loss: HeadLoss | None = None) -> Tensor:
+        """input_ids [B,T], optional attention_mask [B,T] -> logits [B,T,V], or the `head_loss` (see `head_output`).
 
         Padding may stand on either side. On the right it costs nothing: causality hides it. Packed rows have
         segment_ids, position_ids [B,T].
@@ -187,7 +189,7 @@ class Decoder(Model):
             rotary = self.own_positions(rotary[0]), self.own_positions(rotary[1])
         for layer in self.layers:
             x = layer(x, bias=bias, causal=bias is None, rotary=rotary)
-        return self._logits(x)
+        return self._logits(x, head_loss)
 
     def _embed(self, ids: Tensor, at: Tensor | None, start: int = 0) -> tuple[Tensor, Rotary | None]:
         """Vectors [B,T,d_model] of ids, and the rotation of their heads, cos and sin each [B or 1,T,1,head_dim/2].
@@ -205,10 +207,8 @@ class Decoder(Model):
         cos, sin = (table[None, start:end] if at is None else table[at] for table in tables)
         return dropout(x, self.dropout, self.training), (cos[:, :, None], sin[:, :, None])
 
-    def _logits(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        logits: Tensor = self.embedding(x, as_head=True) if self.head is None else self.head(x)
-        return logits
+    def _logits(self, x: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
+        return self.head_output(self.norm(x), head_loss)
 
     def start_decoding(self, batch: Mapping[str, Tensor]) -> AttentionState:
         """Read the prompts input_ids [B,P] but for their last tokens: the first `decode_step` takes them (`first_ids`).

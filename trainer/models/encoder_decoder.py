@@ -18,6 +18,7 @@ from trainer.models.cache import AttentionState, KeyValueCache, Memory
 from trainer.models.layers import (
     Activation,
     FeedForward,
+    HeadLoss,
     NormKind,
     PositionEmbedding,
     Projection,
@@ -132,6 +133,7 @@ class EncoderDecoder(Model):
 
     packs_rows = True
     splits_positions = True
+    fuses_loss = True
 
     def __init__(
         self,
@@ -203,8 +205,8 @@ class EncoderDecoder(Model):
         self.decoder = nn.ModuleList(new_layer(cross=True) for _ in range(decoder_layers))
         self.decoder_norm = new_norm() if pre_norm else None
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """source_ids [B,S], source_mask [B,S], decoder_input_ids [B,T] -> logits [B,T,V].
+    def forward(self, batch: Mapping[str, Tensor], head_loss: HeadLoss | None = None) -> Tensor:
+        """source_ids [B,S], source_mask [B,S], decoder_input_ids [B,T] -> logits [B,T,V], or `head_loss` of it.
 
         Packed rows have source_segment_ids, source_position_ids [B,S], target_segment_ids, target_position_ids [B,T].
         """
@@ -220,7 +222,7 @@ class EncoderDecoder(Model):
         for layer in _layers(self.decoder):
             keys_values = layer.keys_values(memory)
             x = layer(x, bias=bias, causal=bias is None, keys_values=keys_values, memory_bias=memory_bias)
-        return self._logits(x)
+        return self._logits(x, head_loss)
 
     def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Memory [B,S,d_model] and what hides it from targets: its padding bias [B,1,1,S], of packed rows [B,1,T,S]."""
@@ -269,11 +271,9 @@ class EncoderDecoder(Model):
     def _finish(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         return x if norm is None else dropout(norm(x), self.dropout, self.training)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
         x = self._finish(x, self.decoder_norm)
-        if self.head is not None:
-            return self.head(x)  # type: ignore[no-any-return]
-        return self.embedding(x * self.tied_scale if self.tied_scale != 1.0 else x, as_head=True)  # type: ignore[no-any-return]
+        return self.head_output(x * self.tied_scale if self.head is None and self.tied_scale != 1.0 else x, head_loss)
 
     def start_decoding(self, batch: Mapping[str, Tensor]) -> AttentionState:
         """Encode source_ids [B,S] (source_mask [B,S]) and compute each decoder layer's memory keys and values once."""

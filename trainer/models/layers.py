@@ -14,6 +14,10 @@ from torch import Tensor, nn
 NormKind = Literal["layer", "rms"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "geglu", "swiglu"]
 
+HeadLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""What an output head computes instead of logits: of hidden [..., d_model], its weight [V, d_model] and its bias [V] or
+None. The head calls it within its own `forward`, where ZeRO-3 has gathered its parameters."""
+
 
 def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None:
     """Fill `module`'s own parameter `leaf`: norms one, biases zero, matrices normal as the module's `row_stds` say.
@@ -51,6 +55,10 @@ class Projection(nn.Linear):
         super().__init__(in_features, sum(rows for rows, _ in row_stds), bias=bias)
         self.row_stds = tuple(row_stds)
 
+    def forward(self, input: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features], or where it is an output head the `head_loss` of it."""
+        return super().forward(input) if head_loss is None else head_loss(input, self.weight, self.bias)
+
 
 def matrix_size(module: nn.Module) -> int:
     """Elements of all linear maps inside, also while they are sharded."""
@@ -67,8 +75,11 @@ class TokenEmbedding(nn.Module):
         self.head_bias = nn.Parameter(torch.empty(vocab_size)) if head_bias else None
         self.row_stds = ((vocab_size, std),)
 
-    def forward(self, inputs: Tensor, as_head: bool = False) -> Tensor:
-        """Ids [...] int64 -> vectors [..., d_model]; `as_head`: hidden [..., d_model] -> logits [..., vocab_size]."""
+    def forward(self, inputs: Tensor, as_head: bool = False, head_loss: HeadLoss | None = None) -> Tensor:
+        """Ids [...] int64 -> vectors [..., d_model]; `as_head`: hidden [..., d_model] -> logits [..., vocab_size], or
+        the `head_loss` of it."""
+        if as_head and head_loss is not None:
+            return head_loss(inputs, self.weight, self.head_bias)
         return F.linear(inputs, self.weight, self.head_bias) if as_head else F.embedding(inputs, self.weight)
 
 

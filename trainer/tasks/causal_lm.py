@@ -10,7 +10,7 @@ import torch
 
 from trainer.errors import ConfigError
 from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
-from trainer.tasks.loss import token_loss
+from trainer.tasks.loss import check_loss, token_loss
 from trainer.tasks.text import (
     OVERLONG_CHOICES,
     TextTokenizer,
@@ -39,12 +39,14 @@ class CausalLM:
         text_column: str,
         sequence_length: int,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         overlong: str = "skip",
         temperature: float = 0.8,
         top_k: int = 40,
     ) -> None:
         """temperature, top_k: of the sampling in `generate`. Raises ConfigError for options that cannot be."""
         check_overlong(overlong, (*OVERLONG_CHOICES, "split"))
+        check_loss(label_smoothing, z_loss)
         if sequence_length < 2:
             raise ConfigError(f"task.sequence_length={sequence_length}: a text takes at least 2 tokens.")
         self.required_columns = (text_column,)
@@ -53,6 +55,7 @@ class CausalLM:
         self._text_column = text_column
         self._sequence_length = sequence_length
         self._label_smoothing = label_smoothing
+        self._z_loss = z_loss
         self._overlong = overlong
         self._temperature = temperature
         self._top_k = top_k
@@ -120,7 +123,7 @@ class CausalLM:
 
     def loss(self, model: Any, batch: Batch) -> LossSums:
         """Cross-entropy summed over all real tokens, the end tokens included."""
-        return token_loss(model, batch, self._label_smoothing)
+        return token_loss(model, batch, self._label_smoothing, self._z_loss)
 
     def num_positions(self, batch: Batch) -> tuple[int, int]:
         """Positions of the rectangle, and how many of them are padding."""

@@ -36,6 +36,7 @@ class QuestionAnswering(TextToText):
         max_source_length: int = 512,
         max_target_length: int = 64,
         overlong: str = "skip",
+        z_loss: float = 0.0,
         start_token: str | None = None,
     ) -> None:
         """Raises ConfigError for options that cannot be."""
@@ -49,6 +50,7 @@ class QuestionAnswering(TextToText):
             max_source_length=max_source_length,
             max_target_length=max_target_length,
             overlong=overlong,
+            z_loss=z_loss,
             start_token=start_token,
         )
         missing = [name for name in ("{question}", "{context}") if name not in template]

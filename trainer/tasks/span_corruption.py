@@ -94,10 +94,11 @@ class SpanCorruption(SourceToTarget):
         denoisers: Sequence[Mapping[str, Any]],
         sentinel: str = "<extra_id_{}>",
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         seed: int = 0,
     ) -> None:
         """Raises ConfigError for options that cannot be, and tokens that the tokenizer does not have."""
-        super().__init__(tokenizer, label_smoothing)
+        super().__init__(tokenizer, label_smoothing, z_loss)
         if input_length < 5:
             raise ConfigError(f"task.input_length={input_length}: use at least 5.")
         if "{}" not in sentinel:

@@ -37,6 +37,7 @@ class Summarisation(TextToText):
         overlong: str = "truncate",
         lead_words: int = 50,
         rouge_tokenize: str = "english",
+        z_loss: float = 0.0,
         start_token: str | None = None,
     ) -> None:
         """Raises ConfigError for options that cannot be, SetupError without rouge-score."""
@@ -51,6 +52,7 @@ class Summarisation(TextToText):
             max_target_length=max_target_length,
             overlong=overlong,
             prefix=prefix,
+            z_loss=z_loss,
             start_token=start_token,
         )
         if lead_words < 1:

@@ -10,7 +10,7 @@ import torch
 
 from trainer.errors import ConfigError
 from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
-from trainer.tasks.loss import token_loss
+from trainer.tasks.loss import check_loss, token_loss
 from trainer.tasks.text import (
     TextTokenizer,
     check_overlong,
@@ -27,14 +27,16 @@ from trainer.tasks.text import (
 class SourceToTarget:
     """Batches of samples with `source_ids` and `target_ids` (int32, each with its end token), and their loss."""
 
-    def __init__(self, tokenizer: TextTokenizer, label_smoothing: float, start_token: str | None = None) -> None:
-        """start_token: what a target begins with, None = the tokenizer's begin token. Raises ConfigError for options that
-        cannot be."""
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ConfigError(f"task.label_smoothing={label_smoothing}: use a number from 0 to below 1.")
+    def __init__(
+        self, tokenizer: TextTokenizer, label_smoothing: float, z_loss: float = 0.0, start_token: str | None = None
+    ) -> None:
+        """start_token: what a target begins with, None = the tokenizer's begin token. Raises ConfigError for options
+        that cannot be."""
+        check_loss(label_smoothing, z_loss)
         self.start_id = start_id(tokenizer, start_token)
         self._tokenizer = tokenizer
         self._label_smoothing = label_smoothing
+        self._z_loss = z_loss
 
     def collate(self, samples: Sequence[Encoded]) -> Batch:
         """`source_ids` [B,S] int64, `source_mask` [B,S] bool, `decoder_input_ids` [B,T] int64, `labels` [B,T] int64."""
@@ -57,7 +59,7 @@ class SourceToTarget:
 
     def loss(self, model: Any, batch: Batch) -> LossSums:
         """Label-smoothed cross-entropy summed over the target tokens, the end tokens included."""
-        return token_loss(model, batch, self._label_smoothing)
+        return token_loss(model, batch, self._label_smoothing, self._z_loss)
 
     def num_positions(self, batch: Batch) -> tuple[int, int]:
         """Source and target positions of the rectangles, and how many of them are padding."""
@@ -96,11 +98,12 @@ class TextToText(SourceToTarget):
         max_target_length: int,
         overlong: str,
         prefix: str = "",
+        z_loss: float = 0.0,
         start_token: str | None = None,
     ) -> None:
         """max_source_length, max_target_length: tokens with the end token; a longer record is skipped, or cut with
         overlong="truncate". prefix: what every source begins with. Raises ConfigError for options that cannot be."""
-        super().__init__(tokenizer, label_smoothing, start_token)
+        super().__init__(tokenizer, label_smoothing, z_loss, start_token)
         check_overlong(overlong)
         for key, value in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
             if value < 2:

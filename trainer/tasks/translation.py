@@ -29,6 +29,7 @@ class Translation(TextToText):
         source_column: str,
         target_column: str,
         label_smoothing: float = 0.1,
+        z_loss: float = 0.0,
         beam_size: int = 4,
         length_penalty: float = 1.0,
         max_source_length: int = 128,
@@ -48,6 +49,7 @@ class Translation(TextToText):
             max_source_length=max_source_length,
             max_target_length=max_target_length,
             overlong=overlong,
+            z_loss=z_loss,
             start_token=start_token,
         )
         _check_bleu_tokenize(bleu_tokenize)
