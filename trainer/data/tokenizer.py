@@ -29,6 +29,7 @@ _KNOWN = {
     "bos": ("<s>", "<bos>", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
     "eos": ("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"),
     "unk": ("<unk>", "[UNK]", "<|unk|>"),
+    "mask": ("<mask>", "[MASK]", "<|mask|>"),
 }
 """Names by which other people's tokenizers call their special tokens, in order of preference."""
 
@@ -44,7 +45,10 @@ def _library() -> Any:
 
 
 class Tokenizer:
-    """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`, `unk_id` are ids of the vocabulary; some may be the same."""
+    """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`, `unk_id` are ids of the vocabulary; some may be the same.
+
+    `mask_id` is None where the tokenizer has no token for what is masked.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, text: str | None = None) -> None:
         """`text`: the JSON that `backend` was read from, None = ask it.
@@ -69,6 +73,7 @@ class Tokenizer:
         self.pad_id = eos if found["pad"] is None else found["pad"]
         self.bos_id = self.pad_id if found["bos"] is None else found["bos"]
         self.unk_id = self.pad_id if found["unk"] is None else found["unk"]
+        self.mask_id = found["mask"]
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -136,11 +141,14 @@ class TrainedTokenizer:
         vocab_size: int = 8000,
         lowercase: bool = False,
         max_records: int | None = None,
+        special_tokens: Sequence[str] = (),
     ) -> None:
-        """`vocab_size`: at most so many entries; `max_records`: texts to learn from, None = all. Raises ConfigError."""
+        """`vocab_size`: at most so many entries; `max_records`: texts to learn from, None = all; `special_tokens`: more
+        of them than padding, begin, end and unknown ("<mask>"). Raises ConfigError."""
         if kind not in ("bpe", "unigram"):
             raise ConfigError(f"tokenizer.kind={kind} is not known; use bpe or unigram.")
-        _check_vocab_size(vocab_size)
+        self._special = _all_special(special_tokens)
+        _check_vocab_size(vocab_size, len(self._special))
         self._kind = kind
         self._vocab_size = vocab_size
         self._lowercase = lowercase
@@ -156,7 +164,7 @@ class TrainedTokenizer:
             backend.normalizer = library.normalizers.Lowercase()
         options = {
             "vocab_size": self._vocab_size,
-            "special_tokens": list(_SPECIAL),
+            "special_tokens": self._special,
             "initial_alphabet": sorted(library.pre_tokenizers.ByteLevel.alphabet()),
             "show_progress": False,
         }
@@ -167,20 +175,22 @@ class TrainedTokenizer:
 
 
 class ByteTokenizer:
-    """Every byte of UTF-8 is a token: ids 4 to 259."""
+    """Every byte of UTF-8 is a token: ids 4 to 259; further `special_tokens` come after them."""
 
-    def __init__(self, vocab_size: int = 4 + 256) -> None:
-        """Raises ConfigError where `vocab_size` is too small for all bytes."""
-        _check_vocab_size(vocab_size)
+    def __init__(self, vocab_size: int = 4 + 256, special_tokens: Sequence[str] = ()) -> None:
+        """Raises ConfigError where `vocab_size` is too small for all of it."""
+        self._special = _all_special(special_tokens)
+        _check_vocab_size(vocab_size, len(self._special))
 
     def prepare(self, texts: Texts) -> Tokenizer:
         """The tokenizer; `texts` has no part in it."""
         library = _library()
         alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
-        vocabulary = {token: id for id, token in enumerate((*_SPECIAL, *alphabet))}
+        tokens = (*_SPECIAL, *alphabet, *self._special[len(_SPECIAL) :])
+        vocabulary = {token: id for id, token in enumerate(tokens)}
         backend = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[]))
         _work_on_bytes(backend, split_words=False)
-        backend.add_special_tokens(list(_SPECIAL))
+        backend.add_special_tokens(self._special)
         return Tokenizer(backend)
 
 
@@ -217,12 +227,21 @@ class FileTokenizer:
         return tokenizer
 
 
-def _check_vocab_size(vocab_size: int) -> None:
-    needed = len(_SPECIAL) + 256
+def _all_special(further: Sequence[str]) -> list[str]:
+    """All special tokens. Raises ConfigError where one of `further` is there already, or nothing."""
+    special = [*_SPECIAL, *further]
+    if len(set(special)) < len(special) or "" in special:
+        raise ConfigError(
+            f"tokenizer.special_tokens={list(further)}: each must be new, beside {', '.join(_SPECIAL)}, and not empty."
+        )
+    return special
+
+
+def _check_vocab_size(vocab_size: int, num_special: int) -> None:
+    needed = num_special + 256
     if vocab_size < needed:
         raise ConfigError(
-            f"tokenizer.vocab_size={vocab_size} is too small:"
-            f" 256 bytes and {len(_SPECIAL)} special tokens need {needed}."
+            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {num_special} special tokens need {needed}."
         )
 
 

@@ -21,6 +21,8 @@ class Model(nn.Module):
     """Whether the samples of a packed row (with segment ids) are kept apart."""
     splits_positions = False
     """Whether `forward` goes on with `own_positions` of the embedded sequences."""
+    objective: str | None = None
+    """What it is trained for; a task that names another `objective` is refused. None: nothing is known of that."""
 
     def own_positions(self, x: Tensor) -> Tensor:
         """Of x [B,T,...] the positions this process computes: all; replaced where they are split over ranks."""

@@ -76,6 +76,7 @@ class Decoder(Model):
 
     packs_rows = True
     splits_positions = True
+    objective = "causal_lm"
 
     def __init__(
         self,

@@ -126,6 +126,7 @@ class EncoderDecoder(Model):
 
     packs_rows = True
     splits_positions = True
+    objective = "text_to_text"
 
     def __init__(
         self,

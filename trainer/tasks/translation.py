@@ -36,6 +36,8 @@ class Translation:
     tokenizer ("13a"; "zh", "ja-mecab", "char" for languages without spaces).
     """
 
+    objective = "text_to_text"
+
     def __init__(
         self,
         tokenizer: TextTokenizer,
