@@ -16,13 +16,13 @@ Batch = Mapping[str, Tensor]
 class Model(nn.Module):
     """Base of the models; the contract stands in the package's docstring."""
 
+    objective: str | None = None
+    """What it is trained for; a task that names another `objective` is refused. None: nothing is known of that."""
     max_positions: int | None = None
     packs_rows = False
     """Whether the samples of a packed row (with segment ids) are kept apart."""
     splits_positions = False
     """Whether `forward` goes on with `own_positions` of the embedded sequences."""
-    objective: str | None = None
-    """What it is trained for; a task that names another `objective` is refused. None: nothing is known of that."""
 
     def own_positions(self, x: Tensor) -> Tensor:
         """Of x [B,T,...] the positions this process computes: all; replaced where they are split over ranks."""

@@ -124,9 +124,9 @@ class EncoderDecoder(Model):
     longest source or target (None: any, not for "learned").
     """
 
+    objective = "text_to_text"
     packs_rows = True
     splits_positions = True
-    objective = "text_to_text"
 
     def __init__(
         self,
