@@ -40,6 +40,7 @@ NEEDED = {
     ("data", "files"): ["data.path=train.jsonl"],
     ("model", "cnn"): ["task=classification"],
     ("model", "mlp"): ["task=classification"],
+    ("task", "text_classification"): ["task.num_classes=2"],
     ("tokenizer", "file"): ["tokenizer.path=tokenizer.json", "tokenizer.vocab_size=100"],
     ("tokenizer", "none"): ["model=mlp", "task=classification"],
 }
