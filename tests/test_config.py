@@ -41,6 +41,7 @@ NEEDED = {
     ("model", "cnn"): ["task=classification"],
     ("model", "hf"): ["model.path=folder", "model.kind=seq2seq"],
     ("model", "mlp"): ["task=classification"],
+    ("task", "text_classification"): ["task.num_classes=2"],
     ("tokenizer", "file"): ["tokenizer.path=tokenizer.json", "tokenizer.vocab_size=100"],
     ("tokenizer", "none"): ["model=mlp", "task=classification"],
 }

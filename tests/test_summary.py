@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -11,6 +13,10 @@ from trainer.config import to_config
 from trainer.errors import ConfigError
 from trainer.parts import check_fit
 from trainer.summary import dry_run
+from trainer.tasks.causal_lm import CausalLM
+from trainer.tasks.masked_lm import MaskedLM
+from trainer.tasks.text_classification import TextClassification
+from trainer.tasks.translation import Translation
 
 
 @pytest.mark.parametrize(
@@ -79,6 +85,27 @@ def test_fp16_is_refused_where_it_cannot_work_with_the_reason(monkeypatch, words
     else:
         with pytest.raises(ConfigError, match=message):
             check_fit(config, Whatever(False), Whatever(overflows), None)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "message"),
+    [
+        (MaskedLM, "decoder", "MaskedLM trains models for masked_lm, and this Decoder is one for causal_lm"),
+        (CausalLM, "encoder", "CausalLM trains models for causal_lm, and this Encoder is one for masked_lm"),
+        (TextClassification, "encoder", "this Encoder is one for masked_lm; .* model.head"),
+        (Translation, "decoder", "Translation trains models for text_to_text"),
+        (MaskedLM, "lstm", "this LSTMSeq2Seq is one for text_to_text"),
+        (MaskedLM, "encoder", None),
+        (CausalLM, "decoder", None),
+    ],
+)
+def test_a_task_on_a_model_for_another_is_refused(task, model, message):
+    config = to_config(compose(["name=x", "steps=1", "batch.global_size=1", f"model={model}"]))
+    given = type(task.__name__, (), {"max_length": None, "objective": task.objective})()
+    with torch.device("meta"):
+        built = build(config.model, "model")
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        check_fit(config, given, built, None)
 
 
 def test_the_t5_variant_is_known_to_overflow():

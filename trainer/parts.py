@@ -50,7 +50,7 @@ def make_tokenizer(config: Config, data: StreamData, directory: RunDirectory) ->
             return directory.read_tokenizer().to_json()
         spec = build(part, "tokenizer")
         columns = {
-            source: [part[name] for name in sorted(part) if name.endswith("_column")]
+            source: [part[name] for name in sorted(part) if name.endswith("_column") and part[name] is not None]
             for source, part in _task_parts(config, data).items()
         }
         for source, dataset in data.datasets.items():
@@ -124,6 +124,12 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
         problems.append(
             f"The task makes sequences of up to {task.max_length} tokens, more than model.max_positions={positions};"
             " raise model.max_positions or lower the task's maximum length."
+        )
+    trained, made = getattr(task, "objective", None), getattr(model, "objective", None)
+    if trained is not None and made is not None and trained != made:
+        problems.append(
+            f"The task {type(task).__name__} trains models for {trained}, and this {type(model).__name__} is one for"
+            f" {made}; choose another task or model (of an Encoder, model.head)."
         )
     vocabulary = getattr(model, "vocab_size", None)
     if tokenizer is not None and vocabulary is not None and tokenizer.vocab_size > vocabulary:

@@ -69,6 +69,18 @@ def test_ids_do_not_change_with_the_machine() -> None:
     assert (again.pad_id, again.bos_id, again.eos_id, again.unk_id) == (0, 1, 2, 3)
 
 
+def test_further_special_tokens_are_in_no_text_and_change_nothing_else() -> None:
+    for spec in (TrainedTokenizer("bpe", 301, special_tokens=["<mask>"]), ByteTokenizer(261, ["<mask>"])):
+        tokenizer = spec.prepare(lambda: iter(TEXTS))
+        assert tokenizer.mask_id is not None and tokenizer.token_of(tokenizer.mask_id) == "<mask>"
+        (ids,) = tokenizer.encode_batch(["a <mask> b"])
+        assert tokenizer.mask_id not in ids and tokenizer.decode(ids) == "a <mask> b"
+        assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2, 3)
+    assert all(tokenizer.mask_id is None for tokenizer in TOKENIZERS.values())
+    with pytest.raises(ConfigError, match=r"tokenizer.special_tokens=\['<s>'\]"):
+        TrainedTokenizer("bpe", 300, special_tokens=["<s>"])
+
+
 def test_vocabularies_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     TOKENIZERS["bytes"].save(tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match=r"has 260 entries, tokenizer.vocab_size=259"):

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from trainer.engine.base import Fragment
 from trainer.errors import ConfigError
 from trainer.models.decoder import Decoder
+from trainer.models.encoder import Encoder
 from trainer.models.encoder_decoder import EncoderDecoder
 from trainer.models.mlp import MLP
 from trainer.parallel.layout import Layout, make_layout
@@ -38,6 +39,7 @@ MODELS: dict[str, Any] = {
         positions="learned", embedding_norm=True, head_bias=True, scale_embeddings=False, scale_tied_head=False,
     ),
     "decoder": lambda: Decoder(50, d_model=32, num_heads=8, num_kv_heads=4, d_ff=48, num_layers=2),
+    "encoder": lambda: Encoder(50, d_model=16, num_heads=4, d_ff=32, num_layers=2, max_positions=12),
 }  # fmt: skip
 
 
@@ -59,7 +61,7 @@ def batch_of(kind: str, packed: bool, rows: int = 3, length: int = 11) -> dict[s
     labels = ids(length)
     target_segments, target_positions = segments(length)
     labels[target_segments == 0 if packed else torch.arange(length) >= sizes] = IGNORE
-    if kind == "decoder":
+    if kind in ("decoder", "encoder"):
         batch = {"input_ids": ids(length), "attention_mask": labels != IGNORE, "labels": labels}
         return batch | ({"segment_ids": target_segments, "position_ids": target_positions} if packed else {})
     source = ids(length + 2)
@@ -130,7 +132,7 @@ def piece_of(name: str, values: torch.Tensor, like: Fragment | None = None) -> F
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kinds", [["transformer", "post_norm"], ["t5", "decoder"]])
+@pytest.mark.parametrize("kinds", [["transformer", "post_norm"], ["t5", "decoder", "encoder"]])
 def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path: Path, kinds: list[str]) -> None:
     mp.spawn(compare, args=(str(tmp_path), kinds), nprocs=RANKS)
 
@@ -143,6 +145,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path: Path, kinds: 
         (Layout(0, 1, 4, 2), MODELS["decoder"], "does not divide the 4 key/value heads"),
         (Layout(0, 1, 1, 2), lambda: MLP(4, 2, [3]), "MLP has no attention to split"),
         (Layout(0, 1, 2, 1), lambda: MLP(4, 2, [3]), "MLP does not split its positions"),
+        (Layout(0, 1, 2, 1), lambda: Encoder(9, head="classification", num_classes=2), "does not split its positions"),
     ],
 )
 def test_what_cannot_be_split_is_refused(layout: Layout, model: Any, message: str) -> None:

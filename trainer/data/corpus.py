@@ -145,6 +145,7 @@ class Stream:
                 corpus.stages.get(name, ()),
                 data.max_bad_fraction,
                 self._sides(tasks[name]) if self.row_lengths else None,
+                seed,
             )
             for number, (name, source) in enumerate(zip(data.sources, self._sources, strict=True))
         ]

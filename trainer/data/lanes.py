@@ -171,7 +171,7 @@ class BlockReader:
         following = replace(begin, places=tuple(self._places), credits=self._credits, counts=dict(counts))
         if following.epoch == begin.epoch:
             return self._samples, self._rejected, replace(following, block=begin.block + 1)
-        if self._stride == 1 and begin.block == 0 and self._samples:
+        if self._stride == 1 and begin.block == 0 and self._samples and not self._readers[0].epochs_differ:
             self._whole_epoch = self._samples  # small enough to be encoded once and kept
         return self._samples, self._rejected, replace(following, block=0)
 

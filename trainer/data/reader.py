@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from trainer.data.sources import Source
 from trainer.data.stages import Changed, Removed, Stage
 from trainer.errors import DataError
-from trainer.tasks import BadRecord, Encoded, JoinsSamples, Record, Task
+from trainer.tasks import BadRecord, DrawsNoise, Encoded, JoinsSamples, Record, Task
 
 _log = logging.getLogger(__name__)
 
@@ -162,15 +163,18 @@ class Encoder:
         stages: Sequence[Stage],
         max_bad_fraction: float,
         sides: Callable[[Encoded], tuple[int, ...]] | None,
+        seed: int = 0,
     ) -> None:
         """index, prefix: the source's number in a mixture, and what its shards' names begin with; sides: what a sample
-        takes of a packed row, None = nothing is packed."""
+        takes of a packed row, None = nothing is packed; seed: of the noise, for a task that draws it."""
         self._index = index
         self._names = [f"{prefix}{name}" for name in source.shards]
         self._task = task
         self._stages = stages
         self._max_bad_fraction = max_bad_fraction
         self._sides = sides
+        self._seed = seed
+        self.draws_noise = isinstance(task, DrawsNoise)
         self._num_records = 0
         self._num_bad = 0
         self._first_bad = ""
@@ -258,6 +262,8 @@ class Encoder:
 
     def _sample(self, row: Row, piece: Encoded, number: int) -> Sample:
         name = self._id(row)
+        if self.draws_noise:
+            piece = piece._replace(noise=_noise(self._seed, row.after[0], name, number))
         return self._made(f"{name}#{number}" if number else name, (self._index, row.shard, row.offset, number), piece)
 
     def _made(self, name: str, key: tuple[int, ...], encoded: Encoded) -> Sample:
@@ -292,6 +298,12 @@ class Encoder:
         return f"{self._names[row.shard]}:{row.offset}"
 
 
+def _noise(seed: int, epoch: int, record: str, piece: int) -> int:
+    """64 bits for a piece of a record in an epoch."""
+    digest = hashlib.blake2b(f"{seed} {epoch} {piece} {record}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 def _length_of(array: NDArray[Any]) -> int:
     return len(array) if array.ndim else 1
 
@@ -319,6 +331,11 @@ class RecordReader:
     def join(self, samples: Sequence[Sample]) -> list[Sample]:
         """See `Encoder.join`."""
         return self._encoder.join(samples)
+
+    @property
+    def epochs_differ(self) -> bool:
+        """Whether the samples of an epoch are not those of another."""
+        return self._encoder.draws_noise
 
     def seek(self, place: Place) -> None:
         """Draw what stands at `place` next; costs nothing where that is next anyway."""

@@ -31,6 +31,7 @@ _KNOWN = {
     "bos": ("<s>", "<bos>", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
     "eos": ("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"),
     "unk": ("<unk>", "[UNK]", "<|unk|>"),
+    "mask": ("<mask>", "[MASK]", "<|mask|>"),
 }
 """Names by which other people's tokenizers call their special tokens, in order of preference."""
 
@@ -46,7 +47,10 @@ def _library() -> Any:
 
 
 class Tokenizer:
-    """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`, `unk_id` are ids of the vocabulary; some may be the same."""
+    """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`, `unk_id` are ids of the vocabulary; some may be the same.
+
+    `mask_id` is None where the tokenizer has no token for what is masked.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, text: str | None = None) -> None:
         """`text`: the JSON that `backend` was read from, None = ask it.
@@ -70,6 +74,7 @@ class Tokenizer:
         self.eos_id = eos
         self.pad_id = eos if found["pad"] is None else found["pad"]
         self.bos_id = self.pad_id if found["bos"] is None else found["bos"]
+        self.mask_id = found["mask"]
         self.unk_id = self.pad_id if found["unk"] is None else found["unk"]
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 

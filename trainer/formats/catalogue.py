@@ -10,13 +10,15 @@ from typing import Any
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.formats import Format, bart, gpt2, hf, llama, qwen, t5
+from trainer.formats import Format, bart, bert, gpt2, hf, llama, qwen, t5
 from trainer.models.decoder import Decoder
+from trainer.models.encoder import Encoder
 from trainer.models.encoder_decoder import EncoderDecoder
 from trainer.models.hf import HFModel
 
 _FAMILIES: dict[type, tuple[ModuleType, ...]] = {
     Decoder: (llama, qwen, gpt2),
+    Encoder: (bert,),
     EncoderDecoder: (t5, bart),
     HFModel: (hf,),
 }

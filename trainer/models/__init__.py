@@ -11,6 +11,8 @@ The contract of a model (an `nn.Module`; build it by `_target_`, every hyper-par
     ... (0 = padding), `position_ids` [B,T] int64 count from 0 within each; the encoder-decoder has `source_...` [B,S]
     and `target_...` [B,T] of both. Nothing attends across samples, and a row may be longer than `max_positions`. The
     recurrent model knows no packed rows.
+  - encoder: `input_ids` [B,T] int64, optional `attention_mask` [B,T] bool, `token_type_ids` [B,T] int64 (first text 0,
+    second 1) -> logits [B,T,V] of a masked language model, which takes packed rows too, or [B,C] of a classifier
   - classifier: `inputs` [B,...] float -> logits [B,C]
   Logits come in the parameters' dtype; the task computes the loss in fp32.
   A model that `fuses_loss` has `forward(batch, head_loss=None)`: where a `head_loss` is given its output head computes
@@ -20,9 +22,12 @@ The contract of a model (an `nn.Module`; build it by `_target_`, every hyper-par
   what `__init__` leaves behind is arbitrary. Works after the module was built on the meta device and materialised.
 * `flops_per_sample(**lengths) -> float`: floating-point operations of forward + backward for one sample
   (source_length, target_length; 6 x matrix parameters x tokens plus the attention term, Kaplan et al. 2020, PaLM
-  appendix B). Decoder-only models take target_length, classifiers nothing.
+  appendix B). Decoder-only models take target_length, encoders
+  source_length, classifiers of numbers nothing.
 * `max_positions: int | None`: the longest sequence it can take (None = any).
 * `vocab_size: int` where it has one.
+* `objective: str`, optional: what it is trained for ("causal_lm", "masked_lm", "text_classification", "text_to_text");
+  a task that names another one is refused.
 
 Models that generate text also have (see `trainer.generate`):
 

@@ -104,6 +104,7 @@ class Decoder(Model):
     Raises ConfigError for a shape that does not divide.
     """
 
+    objective = "causal_lm"
     packs_rows = True
     splits_positions = True
     fuses_loss = True

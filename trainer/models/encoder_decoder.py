@@ -131,6 +131,7 @@ class EncoderDecoder(Model):
     "learned").
     """
 
+    objective = "text_to_text"
     packs_rows = True
     splits_positions = True
     fuses_loss = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,12 +34,14 @@ class Encoded(NamedTuple):
 
     fields: arrays by name (token ids int32, inputs float32); length: positions it takes in a batch (the key of length
     bucketing; for pairs the source and target lengths are compared in turn, so `length` is a tuple's maximum);
-    num_target_tokens: positions that will carry loss.
+    num_target_tokens: positions that will carry loss; noise: of a task that `DrawsNoise`, in training, what the
+    sample's random choices begin from.
     """
 
     fields: Mapping[str, np.ndarray[Any, Any]]
     length: int
     num_target_tokens: int
+    noise: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,17 @@ class JoinsSamples(Protocol):
     def join(self, samples: Sequence[Encoded]) -> list[Encoded]:
         """What goes into batches for `samples` (at least one), which are what a lane drew for a block, or a part of a
         split: at least one sample, and a function of `samples` and their order alone."""
+
+
+@runtime_checkable
+class DrawsNoise(Protocol):
+    """A task that makes other choices in a sample every epoch, such as what is masked.
+
+    The stream gives each of its samples a `noise` of 64 bits, a function of (seed, epoch, place of the record), so that
+    ranks, workers and resuming have no part in them. Samples of an evaluation have none.
+    """
+
+    draws_noise: Literal[True]
 
 
 @runtime_checkable

@@ -27,6 +27,8 @@ from trainer.tasks.text import (
 class SourceToTarget:
     """Batches of samples with `source_ids` and `target_ids` (int32, each with its end token), and their loss."""
 
+    objective = "text_to_text"
+
     def __init__(
         self, tokenizer: TextTokenizer, label_smoothing: float, z_loss: float = 0.0, start_token: str | None = None
     ) -> None:
