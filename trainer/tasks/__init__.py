@@ -1,9 +1,10 @@
 """Tasks: what a record becomes, how samples make a batch, the loss of a batch, and what is measured.
 
 One file per objective. A task is built by `_target_` with its options plus `tokenizer` (or None). The contract is
-`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text, and `PacksRows` for those whose samples
-can share a row. Every batch has `labels`; `IGNORE` (-100) there means "this position carries no loss". A batch whose
-labels are all IGNORE weighs nothing: that is how ranks that ran out of data keep step with the others.
+`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text, `ScoresBatches` for those with metrics of
+their own, and `PacksRows` for those whose samples can share a row. Every batch has `labels`; `IGNORE` (-100) there
+means "this position carries no loss". A batch whose labels are all IGNORE weighs nothing: that is how ranks that ran
+out of data keep step with the others.
 """
 
 from __future__ import annotations
@@ -118,6 +119,17 @@ class PacksRows(Protocol):
 
         With the fields of `collate` come segment ids and position ids, int64: the samples of a row are the segments
         1, 2, ..., padding is 0; positions count from 0 within each sample.
+        """
+
+
+@runtime_checkable
+class ScoresBatches(Protocol):
+    """A task with metrics that are means, of samples or whatever it counts."""
+
+    def batch_scores(self, model: Any, batch: Batch) -> dict[str, tuple[float, float]]:
+        """(sum, count) of each metric over a batch, by name; a batch whose labels are all IGNORE counts nothing.
+
+        Evaluation adds them up over batches and ranks and reports sum / count as eval/NAME; no logits are kept.
         """
 
 
