@@ -3,8 +3,8 @@
     python scripts/data/packages.py [--out data/packages]
 
 OUT/chat gets {train,validation,test}.jsonl.gz with `messages`: questions made from templates, answered by the package's
-own synopsis, section and homepage. OUT/preferences gets `prompt`, `chosen` (the synopsis), `rejected`, and `kind`, by
-which it was rejected: "other", the synopsis of another package of the same section, or "cut", the first words of the right one.
+own synopsis, section and homepage. OUT/preferences gets `prompt`, `chosen` (the synopsis), `rejected`, and `kind`, how
+it came about: "other", the synopsis of another package of the same section, or "cut", the first half of the right one.
 The facts are real, the questions are templates, so a model learns to answer these and no others. All binary packages of
 a source package are in one split. OUT/manifest.json has the counts. Needs apt; standard library only. Descriptions are
 under the licences of their packages and are not committed.
