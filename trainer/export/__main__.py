@@ -25,6 +25,7 @@ from trainer.export.sealed import identity_from, seal, unseal
 from trainer.export.weights import write_weights
 from trainer.formats import Format
 from trainer.formats.catalogue import format_of
+from trainer.tasks import Chats
 
 if TYPE_CHECKING:
     from trainer.restore import FoundRun
@@ -107,14 +108,20 @@ def _write(options: ExportOptions, folder: Path) -> str:
 
 def _write_tokenizer(folder: Path, found: FoundRun, form: Format) -> None:
     """tokenizer.json as the run has it, and what transformers wants to know besides."""
+    from trainer.parts import make_task
+
     tokenizer = found.tokenizer
     if tokenizer is None:
         return
     tokenizer.save(folder / "tokenizer.json")
     tokens = {"pad_token": tokenizer.pad_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     named = {name: tokenizer.token_of(id_) for name, id_ in tokens.items()}
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})
     special = {key: value for key, value in form.config.items() if key.endswith("_token_id")}
+    task = make_task(found.config, tokenizer)
+    if isinstance(task, Chats):
+        named["chat_template"] = task.chat_template
+        special["eos_token_id"] = sorted({special["eos_token_id"], task.end_id})
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})
     _write_json(folder / "generation_config.json", special)
 
 

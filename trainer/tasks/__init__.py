@@ -162,3 +162,16 @@ class ScoresText(GeneratesText, Protocol):
         self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str]
     ) -> dict[str, float | str]:
         """Corpus scores by name; strings are signatures that say how a score was computed."""
+
+
+@runtime_checkable
+class Chats(Protocol):
+    """A task whose model answers in conversations."""
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja template by which conversations become text, which an export gives to the tokenizer."""
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""

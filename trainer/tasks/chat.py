@@ -69,6 +69,11 @@ class Chat(CausalLM):
         """The template's text, which an export gives to the tokenizer."""
         return self.conversations.template_text
 
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+        return self.conversations.end_id
+
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
         """`ids` int32: what the positions read; `labels` int32: what they predict, IGNORE where others wrote it.
 

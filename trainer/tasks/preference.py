@@ -83,6 +83,11 @@ class Preference:
         """See `Chat.chat_template`."""
         return self._chat.chat_template
 
+    @property
+    def end_id(self) -> int:
+        """See `Chat.end_id`."""
+        return self._chat.end_id
+
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
         """`chosen_ids`, `chosen_labels`, `rejected_ids`, `rejected_labels` int32; `reference` float32 [2].
 
@@ -183,7 +188,7 @@ class Preference:
 
     def batch_scores(self, model: Any, batch: Batch) -> dict[str, tuple[float, float]]:
         """See `ScoresBatches`: reward_accuracy, reward_margin, and the rewards of both sides."""
-        log_probs = self.log_probs(model, batch)
+        log_probs = self.log_probs(model, batch).detach()
         is_pair, margins = self._margins(log_probs, batch)
         chosen, rejected = (self._beta * (log_probs - batch["reference"].view(-1, 2))).unbind(dim=1)
         found = {"reward_accuracy": (margins > 0).float(), "reward_margin": margins}
