@@ -20,7 +20,7 @@ from trainer import distributed
 from trainer.errors import ConfigError, DataError, SetupError
 from trainer.evaluate import Evaluation, check_enough_samples, evaluate, main
 from trainer.plan import RunPlan
-from trainer.tasks import Encoded
+from trainer.tasks import IGNORE, Encoded
 from trainer.tasks.translation import Translation
 
 VOCABULARY = 259
@@ -125,8 +125,16 @@ class Data:
         return samples
 
 
+class Scored(Translation):
+    """Also measures the mean length of the targets, by a forward pass of its own."""
+
+    def batch_scores(self, model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+        targets = (batch["labels"] != IGNORE) & torch.isfinite(model(batch)).all(-1)
+        return {"target_length": (float(targets.sum()), float(targets.any(dim=1).sum()))}
+
+
 def make_task() -> Translation:
-    return Translation(ByteTokenizer(), "en", "de", beam_size=2, max_source_length=40, max_target_length=40)
+    return Scored(ByteTokenizer(), "en", "de", beam_size=2, max_source_length=40, max_target_length=40)
 
 
 def make_plan(micro_size: int | None = 2, micro_tokens: int | None = None) -> RunPlan:
@@ -159,6 +167,7 @@ def test_loss_is_weighted_by_target_tokens(tmp_path: Path) -> None:
     assert metrics["eval/loss"] == pytest.approx(nll / tokens, rel=1e-6)
     assert metrics["eval/perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-6)
     assert metrics["eval/accuracy"] == correct / tokens
+    assert metrics["eval/target_length"] == tokens / len(PAIRS)
     assert metrics["eval/bits_per_byte"] == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-6)
     assert metrics["eval/samples"] == 5
     assert metrics["eval/seconds"] > 0

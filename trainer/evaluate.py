@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from trainer import distributed
 from trainer.commands import run_command
 from trainer.errors import ConfigError, DataError, SetupError
 from trainer.guards import watchdog
-from trainer.tasks import IGNORE, Batch, Encoded, Record, ScoresText, Task
+from trainer.tasks import IGNORE, Batch, Encoded, Record, ScoresBatches, ScoresText, Task
 
 if TYPE_CHECKING:
     from trainer.plan import RunPlan
@@ -102,7 +102,7 @@ def evaluate_fully(
 
     eval/loss: negative log-likelihood in nats per target token over the whole split (without label smoothing);
     eval/accuracy: share of target tokens (or classes) that are the arg max; eval/perplexity = exp(loss) and
-    eval/bits_per_byte for text; the task's scores of generated text; eval/samples; eval/seconds.
+    eval/bits_per_byte for text; the task's own scores of batches and of generated text; eval/samples; eval/seconds.
     Raises DataError if the split has no sample, SetupError if the run directory cannot be written.
     """
     started = time.perf_counter()
@@ -187,14 +187,18 @@ def _token_metrics(
 ) -> dict[str, float]:
     nll = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
+    scores: dict[str, tuple[float, float]] = {}
     for batch_samples in _in_step(engine, _micro_batches(samples, plan)):
         watchdog.progress()
         batch = task.collate([sample.encoded for sample in batch_samples] or [blank])
         if not batch_samples:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE)
-        sums = task.loss(engine.model, _on_device(batch))
+        batch = _on_device(batch)
+        sums = task.loss(engine.model, batch)
         nll += sums.nll.cpu()
         counts += torch.stack([sums.num_target_tokens, sums.num_correct]).cpu()
+        if isinstance(task, ScoresBatches):
+            _add(scores, task.batch_scores(engine.model, batch))
     num_bytes = sum(sample.task.target_bytes(sample.record, sample.encoded) for sample in samples)
     own = [float(nll), *map(float, counts), float(num_bytes)]
     totals = distributed.all_reduce_sum(own if counted else [0.0] * len(own))
@@ -204,7 +208,21 @@ def _token_metrics(
     if total_bytes:
         metrics["eval/perplexity"] = math.exp(min(loss, 700.0))  # the largest that a float holds
         metrics["eval/bits_per_byte"] = nll_sum / math.log(2.0) / total_bytes
-    return metrics
+    return metrics | _means(scores if counted else {})
+
+
+def _add(totals: dict[str, tuple[float, float]], more: Mapping[str, tuple[float, float]]) -> None:
+    for name, (value, count) in more.items():
+        before = totals.get(name, (0.0, 0.0))
+        totals[name] = before[0] + value, before[1] + count
+
+
+def _means(own: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """The means of all ranks' sums, as metrics; a rank without a batch knows no names."""
+    totals: dict[str, tuple[float, float]] = {}
+    for part in distributed.all_gather_objects(dict(own)):
+        _add(totals, part)
+    return {f"eval/{name}": value / count for name, (value, count) in totals.items() if count}
 
 
 def _translate(

@@ -77,8 +77,17 @@ def _texts(data: StreamData, columns: Mapping[str, Sequence[str]]) -> Iterator[s
                     value = column(record, name)
                 except KeyError:  # a bad record, which the loader counts
                     continue
-                if isinstance(value, str):
-                    yield value
+                yield from _texts_in(value)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """The text that a column holds, or those of the messages in it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for message in value:
+            if isinstance(message, Mapping) and isinstance(message.get("content"), str):
+                yield message["content"]
 
 
 def make_corpus(config: Config, data: StreamData, tokenizer: Tokenizer | None, task: Task) -> Corpus:
@@ -141,6 +150,11 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
         problems.append(
             f"data.batching=packed: {type(model).__name__} does not keep the samples of a row apart;"
             " use data.batching=bucketed."
+        )
+    if config.engine.sequence_parallel > 1 and not getattr(task, "splits_positions", True):
+        problems.append(
+            f"engine.sequence_parallel={config.engine.sequence_parallel}: the loss of {type(task).__name__} is no sum"
+            " over positions, which ranks could share; use engine.sequence_parallel=1."
         )
     problems += _optimizer_problems(config)
     for key, value in (

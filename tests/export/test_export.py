@@ -170,3 +170,26 @@ def test_encrypted_weights_open_with_their_key_alone(
     told = "".join(capsys.readouterr())
     assert "damaged" in told and key not in told and "secret-thing" not in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "no_key", "open", "opened", "sealed"]
+
+
+def test_a_chat_model_takes_its_template_along(run_trainer, tmp_path: Path) -> None:
+    """transformers asks as the run was trained, and knows how an answer ends."""
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(f"{json.dumps({'messages': talk})}\n" * 4)
+    words = [
+        "experiment=chat_small",
+        f"data.path={tmp_path}",
+        "steps=1",
+        "schedule.warmup=0",
+        "name=chat",
+        "logging=[]",
+    ]
+    words += ["tokenizer=byte", "tokenizer.vocab_size=260", "model.d_model=16", "eval.final_split=none", "eval.every=0"]
+    runs = run_trainer(words).check().runs_dir
+    assert export(runs, tmp_path / "out", "run=chat") == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    asked = tokenizer.apply_chat_template(talk[:1], add_generation_prompt=True, tokenize=False)
+    assert asked == "<s>[user]\nWhy?</s>[assistant]\n"
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert generation.eos_token_id == [tokenizer.eos_token_id]

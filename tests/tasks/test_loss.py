@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from trainer import cross_entropy
 from trainer.tasks import IGNORE
-from trainer.tasks.loss import cross_entropy_sums
+from trainer.tasks.loss import cross_entropy_sums, sequence_log_probs
 
 
 def make_case(dtype: torch.dtype, num_rows: int = 37, num_classes: int = 101) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,3 +93,19 @@ def test_huge_logits_stay_finite() -> None:
     sums.objective.backward()
     assert sums.nll.item() == pytest.approx(2e4)
     assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_of_rows_and_their_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to a plain log-softmax, whatever the size of the blocks."""
+    monkeypatch.setattr(cross_entropy, "CPU_BLOCK_ELEMENTS", 3 * 7)
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    labels = torch.tensor([[1, 6, IGNORE, 0, 2], [IGNORE, IGNORE, 3, IGNORE, IGNORE]])
+    ours = sequence_log_probs(logits, labels)
+    each = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    theirs = (each * (labels != IGNORE)).sum(dim=1)
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.tensor([1.0, -2.0])
+    (our_gradient,) = torch.autograd.grad((ours * weights).sum(), logits)
+    (their_gradient,) = torch.autograd.grad((theirs * weights).sum(), logits)
+    torch.testing.assert_close(our_gradient, their_gradient)

@@ -49,7 +49,8 @@ def _library() -> Any:
 class Tokenizer:
     """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`, `unk_id` are ids of the vocabulary; some may be the same.
 
-    `mask_id` is None where the tokenizer has no token for what is masked.
+    `mask_id` is None where the tokenizer has no token for what is masked; `special_tokens`: names and ids of all tokens
+    that no text contains.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, text: str | None = None) -> None:
@@ -76,6 +77,9 @@ class Tokenizer:
         self.bos_id = self.pad_id if found["bos"] is None else found["bos"]
         self.mask_id = found["mask"]
         self.unk_id = self.pad_id if found["unk"] is None else found["unk"]
+        self.special_tokens = {
+            token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special
+        }
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

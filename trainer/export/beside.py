@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.formats import Format
+from trainer.parts import make_task
+from trainer.tasks import Chats
 from trainer.tasks.text import start_id
 
 if TYPE_CHECKING:
@@ -21,7 +23,12 @@ def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str) -> Non
     _write_json(folder / "config.json", {**form.config, **special, "dtype": dtype})
     if found.tokenizer is not None:
         pairs = bool(form.config.get("is_encoder_decoder"))
-        _write_tokenizer(folder, found.tokenizer, ends_texts=pairs)
+        task = make_task(found.config, found.tokenizer)
+        chat_template = None
+        if isinstance(task, Chats):
+            chat_template = task.chat_template
+            special["eos_token_id"] = sorted({special["eos_token_id"], task.end_id})
+        _write_tokenizer(folder, found.tokenizer, pairs, chat_template)
         _write_json(folder / "generation_config.json", {**special, **_generation(found, pairs)})
     (folder / "README.md").write_text(_card(found, form), encoding="utf-8")
 
@@ -52,7 +59,7 @@ def _generation(found: FoundRun, pairs: bool) -> dict[str, Any]:
     return told if pad == found.tokenizer.eos_id else {**told, "suppress_tokens": [pad]}
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, ends_texts: bool) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, ends_texts: bool, chat_template: str | None) -> None:
     """tokenizer.json as the run has it, and what transformers wants to know besides.
 
     ends_texts: the end token follows each text, as the tasks of encoder-decoders have it.
@@ -63,11 +70,13 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, ends_texts: bool) -> No
     if ends_texts:
         ending = {"post_processor": _ending(named["eos_token"], tokenizer.eos_id)}
         _write_json(folder / "tokenizer.json", {**json.loads(tokenizer.to_json()), **ending})
-    more = {
+    more: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if chat_template is not None:
+        more["chat_template"] = chat_template
     _write_json(folder / "tokenizer_config.json", {**more, **named})
 
 

@@ -1,10 +1,11 @@
 """Tasks: what a record becomes, how samples make a batch, the loss of a batch, and what is measured.
 
 One file per objective. A task is built by `_target_` with its options plus `tokenizer` (or None). The contract is
-`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text, `PacksRows` for those whose samples can
-share a row, and `JoinsSamples` for those that make their samples of many records. Every batch has `labels`; `IGNORE`
-(-100) there means "this position carries no loss". A batch whose labels are all IGNORE weighs nothing: that is how
-ranks that ran out of data keep step with the others.
+`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text, `ScoresBatches` for those with metrics of
+their own, `PacksRows` for those whose samples can share a row, `JoinsSamples` for those that make their samples of many
+records, and `DrawsNoise` for those that choose anew every epoch. Every batch has `labels`; `IGNORE` (-100) there means
+"this position carries no loss". A batch whose labels are all IGNORE weighs nothing: that is how ranks that ran out of
+data keep step with the others.
 """
 
 from __future__ import annotations
@@ -145,6 +146,17 @@ class DrawsNoise(Protocol):
 
 
 @runtime_checkable
+class ScoresBatches(Protocol):
+    """A task with metrics that are means, of samples or whatever it counts."""
+
+    def batch_scores(self, model: Any, batch: Batch) -> dict[str, tuple[float, float]]:
+        """(sum, count) of each metric over a batch, by name; a batch whose labels are all IGNORE counts nothing.
+
+        Evaluation adds them up over batches and ranks and reports sum / count as eval/NAME; no logits are kept.
+        """
+
+
+@runtime_checkable
 class GeneratesText(Protocol):
     """A task whose model writes text (`python -m trainer.generate`)."""
 
@@ -173,3 +185,16 @@ class ScoresText(GeneratesText, Protocol):
         self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str]
     ) -> dict[str, float | str]:
         """Corpus scores by name; strings are signatures that say how a score was computed."""
+
+
+@runtime_checkable
+class Chats(Protocol):
+    """A task whose model answers in conversations."""
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja template by which conversations become text, which an export gives to the tokenizer."""
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from trainer.errors import ConfigError
-from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
+from trainer.tasks import AllFinished, BadRecord, Batch, Encoded, LossSums, Record
 from trainer.tasks.loss import check_loss, token_loss
 from trainer.tasks.text import (
     OVERLONG_CHOICES,
     TextTokenizer,
     check_overlong,
     limit_length,
-    num_labels,
-    number_segments,
-    pack_rows,
+    next_token_batch,
+    next_token_rows,
+    num_unmasked,
     pad_rows,
     text_at,
 )
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class CausalLM:
@@ -51,9 +54,10 @@ class CausalLM:
         check_loss(label_smoothing, z_loss)
         if sequence_length < 2:
             raise ConfigError(f"task.sequence_length={sequence_length}: a text takes at least 2 tokens.")
-        self.required_columns = (text_column,)
+        self.required_columns: tuple[str, ...] = (text_column,)
         self.max_length = sequence_length
         self._tokenizer = tokenizer
+        self._end_id = tokenizer.eos_id  # what ends a text in `generate`
         self._text_column = text_column
         self._sequence_length = sequence_length
         self._label_smoothing = label_smoothing
@@ -95,14 +99,13 @@ class CausalLM:
 
     def collate(self, samples: Sequence[Encoded]) -> Batch:
         """`input_ids` [B,T] int64, `attention_mask` [B,T] bool, `labels` [B,T] int64."""
-        labels = pad_rows([sample.fields["ids"][1:] for sample in samples], IGNORE)
-        return {
-            "input_ids": torch.from_numpy(
-                pad_rows([sample.fields["ids"][:-1] for sample in samples], self._tokenizer.pad_id)
-            ),
-            "attention_mask": torch.from_numpy(labels != IGNORE),
-            "labels": torch.from_numpy(labels),
-        }
+        inputs, labels = zip(*map(self._inputs_and_labels, samples), strict=True)
+        return next_token_batch(inputs, labels, self._tokenizer.pad_id)
+
+    @staticmethod
+    def _inputs_and_labels(sample: Encoded) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """What each position of a sample reads, and what it predicts."""
+        return sample.fields["ids"][:-1], sample.fields["ids"][1:]
 
     def sides(self, sample: Encoded) -> tuple[int, ...]:
         """The one side."""
@@ -111,17 +114,9 @@ class CausalLM:
     def collate_rows(self, rows: Sequence[Sequence[Encoded]], row_lengths: tuple[int, ...]) -> Batch:
         """`collate`'s fields, `segment_ids` [B,T] int64, `position_ids` [B,T] int64; T = `row_lengths[0]`."""
         (length,) = row_lengths
-        ids = [[sample.fields["ids"] for sample in row] for row in rows]
-        inputs = pack_rows([[one[:-1] for one in row] for row in ids], length, self._tokenizer.pad_id)
-        labels = pack_rows([[one[1:] for one in row] for row in ids], length, IGNORE)
-        segments, positions = number_segments([[sample.length for sample in row] for row in rows], length)
-        return {
-            "input_ids": torch.from_numpy(inputs),
-            "attention_mask": torch.from_numpy(segments > 0),
-            "labels": torch.from_numpy(labels),
-            "segment_ids": torch.from_numpy(segments),
-            "position_ids": torch.from_numpy(positions),
-        }
+        pairs = [[self._inputs_and_labels(sample) for sample in row] for row in rows]
+        inputs, labels = ([[pair[side] for pair in row] for row in pairs] for side in (0, 1))
+        return next_token_rows(inputs, labels, length, self._tokenizer.pad_id)
 
     def loss(self, model: Any, batch: Batch) -> LossSums:
         """Cross-entropy summed over all real tokens, the end tokens included."""
@@ -130,7 +125,7 @@ class CausalLM:
     def num_positions(self, batch: Batch) -> tuple[int, int]:
         """Positions of the rectangle, and how many of them are padding."""
         total = batch["labels"].numel()
-        return total, total - num_labels(batch)
+        return total, total - num_unmasked(batch)
 
     def flops_per_sample_lengths(self, batch: Batch) -> dict[str, int]:
         """The side of the rectangle."""
@@ -154,12 +149,10 @@ class CausalLM:
     def encode_prompts(self, texts: Sequence[str]) -> list[Encoded | BadRecord]:
         """Begin token + text, to be continued; an empty text is a prompt too."""
         ids = self._tokenizer.encode_batch(list(texts))
-        return [self._encode_prompt(one) for one in ids]
+        return [self._encode_prompt([self._tokenizer.bos_id, *one]) for one in ids]
 
     def _encode_prompt(self, ids: list[int]) -> Encoded | BadRecord:
-        limited = limit_length(
-            [self._tokenizer.bos_id, *ids], "task.sequence_length", self._sequence_length - 1, "skip"
-        )
+        limited = limit_length(ids, "task.sequence_length", self._sequence_length - 1, "skip")
         if isinstance(limited, BadRecord):
             return limited
         return Encoded({"ids": np.asarray(limited, np.int32)}, length=len(limited), num_target_tokens=0)
@@ -185,12 +178,10 @@ class CausalLM:
         if beam_size is not None:
             beams = decoding.BeamOptions(beam_size=beam_size, max_length=longest)
             written = decoding.beam_search(
-                model, batch, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, beams, all_finished
+                model, batch, tokenizer.bos_id, self._end_id, tokenizer.pad_id, beams, all_finished
             )
         else:
             options = decoding.SampleOptions(longest, self._temperature, self._top_k)
             generator = torch.Generator(device).manual_seed(0)
-            written = decoding.sample(
-                model, batch, tokenizer.bos_id, tokenizer.eos_id, options, generator, all_finished
-            )
+            written = decoding.sample(model, batch, tokenizer.bos_id, self._end_id, options, generator, all_finished)
         return tokenizer.decode_batch(written)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from trainer import cross_entropy
 from trainer.cross_entropy import SmoothedCrossEntropy, Targets
 from trainer.errors import ConfigError
 from trainer.tasks import IGNORE, Batch, LossSums
@@ -45,3 +47,47 @@ def cross_entropy_sums(
         logits.reshape(-1, num_classes), flat_labels, label_smoothing, z_loss, not needs_gradient
     )
     return LossSums(objective, nll, (flat_labels != IGNORE).sum(), num_correct)
+
+
+def sequence_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[B] fp32: the log-probability in nats of each row's labels together, IGNORE left out.
+
+    logits: [B,T,V] floating point of any precision; labels: [B,T] int64. The gradient repeats the softmax block by
+    block, as above, so that nothing of the logits' size is kept.
+    """
+    each = _LabelLogProbs.apply(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))  # type: ignore[no-untyped-call]
+    return each.view(labels.shape).sum(dim=1)  # type: ignore[no-any-return]
+
+
+class _LabelLogProbs(torch.autograd.Function):
+    """(logits [N,V], labels [N]) -> log-probability of each label [N] fp32, 0 for IGNORE."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        is_target, index = labels != IGNORE, labels.clamp(min=0)
+        log_sum = torch.empty(len(labels), device=logits.device)
+        for rows in _row_blocks(logits):
+            torch.logsumexp(logits[rows].float(), dim=-1, out=log_sum[rows])
+        ctx.save_for_backward(logits, labels, log_sum)
+        chosen = logits.gather(1, index[:, None])[:, 0].float()
+        return (chosen - log_sum).masked_fill_(~is_target, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, labels, log_sum = ctx.saved_tensors
+        scale = (gradients[0] * (labels != IGNORE))[:, None]
+        logits_gradient = torch.empty_like(logits)
+        for rows in _row_blocks(logits):
+            gradient = torch.sub(logits[rows].float(), log_sum[rows, None]).exp_().neg_()
+            gradient.scatter_add_(1, labels[rows].clamp(min=0)[:, None], torch.ones_like(scale[rows]))
+            logits_gradient[rows] = gradient.mul_(scale[rows]).to(logits.dtype)
+        return logits_gradient, None
+
+
+def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of the rows of logits [N,V], each so small that its copy in fp32 is cheap."""
+    on_cpu = logits.device.type == "cpu"
+    elements = cross_entropy.CPU_BLOCK_ELEMENTS if on_cpu else cross_entropy.GPU_BLOCK_ELEMENTS
+    step = max(1, elements // logits.shape[1])
+    for start in range(0, len(logits), step):
+        yield slice(start, min(start + step, len(logits)))

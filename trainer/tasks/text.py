@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 
 from trainer.data.sources import column
 from trainer.errors import ConfigError
@@ -118,3 +119,40 @@ def number_segments(rows: Sequence[Sequence[int]], length: int) -> tuple[npt.NDA
         segments[index, :total] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
         positions[index, :total] = np.arange(total) - np.repeat(ends - sizes, sizes)
     return segments, positions
+
+
+def next_token_batch(
+    inputs: Sequence[npt.NDArray[Any]], labels: Sequence[npt.NDArray[Any]], pad_id: int
+) -> dict[str, torch.Tensor]:
+    """`input_ids` [B,T] int64, `attention_mask` [B,T] bool, `labels` [B,T] int64 of samples padded to the longest.
+
+    labels: of each sample as many as `inputs`, IGNORE where nothing is to be predicted.
+    """
+    ids = pad_rows(inputs, pad_id)
+    mask = np.arange(ids.shape[1]) < np.asarray([len(one) for one in inputs])[:, None]
+    arrays = {"input_ids": ids, "attention_mask": mask, "labels": pad_rows(labels, IGNORE)}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def next_token_rows(
+    inputs: Sequence[Sequence[npt.NDArray[Any]]],
+    labels: Sequence[Sequence[npt.NDArray[Any]]],
+    length: int,
+    pad_id: int,
+) -> dict[str, torch.Tensor]:
+    """`next_token_batch` of packed rows of `length` positions, with `segment_ids`, `position_ids` [B,T] int64."""
+    ids = pack_rows(inputs, length, pad_id)
+    segments, positions = number_segments([[*map(len, row)] for row in inputs], length)
+    arrays = {
+        "input_ids": ids,
+        "attention_mask": segments > 0,
+        "labels": pack_rows(labels, length, IGNORE),
+        "segment_ids": segments,
+        "position_ids": positions,
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def num_unmasked(batch: Batch) -> int:
+    """Positions of a batch on the CPU that are no padding; by numpy, as `num_labels`."""
+    return int(np.count_nonzero(batch["attention_mask"].numpy()))
