@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from trainer.data.dataset import Dataset
-from trainer.data.lanes import Lane, Rules
+from trainer.data.lanes import Lane, Row, Rules
 from trainer.data.order import Order
 from trainer.data.reader import BAD_RECORD, Encoder, RecordReader, ShardSequence
 from trainer.data.stages import Changed, NeedsPass, Removed, Stage
 from trainer.data.stream import StreamData
 from trainer.errors import ConfigError
-from trainer.tasks import BadRecord, Encoded, PacksRows, Record, Task
+from trainer.tasks import Augments, BadRecord, Encoded, PacksRows, Record, Task
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +141,9 @@ class Stream:
             )
             for number, (name, source) in enumerate(zip(data.sources, self._sources, strict=True))
         ]
+        self._augmenting = {
+            number: task for number, name in enumerate(data.sources) if isinstance(task := tasks[name], Augments)
+        }
         self.workers = data.workers
         self._shard_orders: dict[tuple[int, int], list[int]] = {}
 
@@ -151,6 +154,19 @@ class Stream:
             for number, (source, encoder) in enumerate(zip(self._sources, self._encoders, strict=True))
         ]
         return Lane(index, self.stride, readers, self.rules)
+
+    def augmented(self, row: Row, place: int) -> Row:
+        """The row at `place` of the stream as it is trained on, its samples changed where their tasks do that."""
+        if not self._augmenting:
+            return row
+        samples = []
+        for number, sample in enumerate(row.samples):
+            task = self._augmenting.get(sample.key[0])
+            if task is not None:
+                seed = self.rules.order.augmentation(place, number)
+                sample = sample._replace(encoded=task.augment(sample.encoded, seed))
+            samples.append(sample)
+        return replace(row, samples=tuple(samples))
 
     def _shards_of(self, source: int, lane: int) -> Callable[[int], Sequence[int]]:
         return lambda epoch: self._shard_order(source, epoch)[lane :: self.stride]

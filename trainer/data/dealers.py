@@ -78,6 +78,7 @@ class LocalDealer:
 
     def __init__(self, stream: Stream, index: int, count: int) -> None:
         order = stream.rules.order
+        self._augmented = stream.augmented
         self._index = index
         self._count = count
         self._global_size = order.global_size
@@ -114,7 +115,7 @@ class LocalDealer:
             if not beginning:  # the first step is waited for
                 lane.work_ahead(turn)
             if row is not None:
-                rows.append((place, row))
+                rows.append((place, self._augmented(row, place)))
         self._place = end
         if self._stride == 1 and self._tells:
             self._readers[0].at(end - 1)  # begin on every block that another dealer has begun on

@@ -25,6 +25,7 @@ class _Use(IntEnum):
     shards = 1
     block = 2
     schedule = 3
+    augmentation = 4
 
 
 def _permutation(count: int, *entropy: int) -> NDArray[np.intp]:
@@ -55,6 +56,11 @@ class Order:
     global_size: int
     shuffle: bool
     batching: Batching
+
+    def augmentation(self, place: int, number: int) -> int:
+        """The seed, below 2^64, of what is random about sample `number` of the row at `place` of the stream."""
+        seeds = [self.seed & 0xFFFF_FFFF_FFFF_FFFF, _Use.augmentation, place, number]
+        return int(np.random.PCG64(np.random.SeedSequence(seeds)).random_raw())
 
     def shards(self, num_shards: int, epoch: int) -> list[int]:
         """The order in which an epoch reads the shards."""

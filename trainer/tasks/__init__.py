@@ -1,9 +1,10 @@
 """Tasks: what a record becomes, how samples make a batch, the loss of a batch, and what is measured.
 
 One file per objective. A task is built by `_target_` with its options plus `tokenizer` (or None). The contract is
-`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text, and `PacksRows` for those whose samples
-can share a row. Every batch has `labels`; `IGNORE` (-100) there means "this position carries no loss". A batch whose
-labels are all IGNORE weighs nothing: that is how ranks that ran out of data keep step with the others.
+`Task` below, with `GeneratesText` and `ScoresText` for tasks that write text, `PacksRows` for those whose samples can
+share a row, and `Augments` for those that change samples at random. Every batch has `labels`; `IGNORE` (-100) there
+means "this position carries no loss". A batch whose labels are all IGNORE weighs nothing: that is how ranks that ran
+out of data keep step with the others.
 """
 
 from __future__ import annotations
@@ -118,6 +119,18 @@ class PacksRows(Protocol):
 
         With the fields of `collate` come segment ids and position ids, int64: the samples of a row are the segments
         1, 2, ..., padding is 0; positions count from 0 within each sample.
+        """
+
+
+@runtime_checkable
+class Augments(Protocol):
+    """A task that trains on its samples anew each time: an image is cropped or mirrored. Evaluation does not ask."""
+
+    def augment(self, sample: Encoded, seed: int) -> Encoded:
+        """What is trained on in place of `sample`, of the same size: a function of it and `seed` alone.
+
+        seed: from 0 to below 2^64, another one each time a sample comes; it depends on the run's seed and the sample's
+        place in the stream, not on ranks, workers or resuming.
         """
 
 
