@@ -56,7 +56,7 @@ def test_initial_weights():
         assert math.isclose(weight.std().item(), 0.05, rel_tol=0.2)
     assert math.isclose(layer.feed_forward.w_out.weight.std().item(), 0.05, rel_tol=0.05)
     biases = [value for name, value in model.named_parameters() if name.endswith("bias")]
-    assert len(biases) == 2 + 2 * 6 + 2 and not any(map(torch.count_nonzero, biases))
+    assert len(biases) == 1 + 2 * 6 + 2 and not any(map(torch.count_nonzero, biases))
     assert (model.norm.weight == 1).all()
 
 
