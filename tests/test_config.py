@@ -40,6 +40,8 @@ NEEDED = {
     ("data", "files"): ["data.path=train.jsonl"],
     ("model", "cnn"): ["task=classification"],
     ("model", "mlp"): ["task=classification"],
+    **{("model", name): ["task=image_classification"] for name in ("resnet18", "resnet50")},
+    **{("model", f"vit_{size}"): ["task=image_classification"] for size in ("tiny", "small", "base", "large", "huge")},
     ("tokenizer", "file"): ["tokenizer.path=tokenizer.json", "tokenizer.vocab_size=100"],
     ("tokenizer", "none"): ["model=mlp", "task=classification"],
 }
