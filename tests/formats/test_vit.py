@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 transformers = pytest.importorskip("transformers")
 
-from tests.formats.parity import both_ways, ours_of, scattered  # noqa: E402
+from tests.formats.parity import both_ways, ours_of, scattered, theirs_of  # noqa: E402
 from trainer.build import build  # noqa: E402
 from trainer.composition import compose  # noqa: E402
 from trainer.config import to_config  # noqa: E402
 from trainer.errors import CheckpointError, ConfigError  # noqa: E402
+from trainer.export.compare import compare  # noqa: E402
 from trainer.formats.catalogue import format_of, part_of  # noqa: E402
 from trainer.pretrained import open_weights  # noqa: E402
 
@@ -64,6 +65,19 @@ def test_a_checkpoint_of_the_bare_model_gets_a_new_head(tmp_path):
         "head.bias",
     ]
     assert torch.equal(weights.values("positions.weight"), theirs.embeddings.position_embeddings.detach().flatten())
+
+
+def test_an_export_is_compared_on_images(tmp_path):
+    theirs = scattered(
+        transformers.ViTForImageClassification(transformers.ViTConfig(image_size=8, patch_size=4, **SMALL))
+    )
+    ours = ours_of(theirs, tmp_path / "theirs")
+    theirs_of(ours, tmp_path / "ours")
+    form = format_of(ours.part, None)
+    assert compare(ours, form, tmp_path / "ours", torch.float32) < 1e-5
+    ours.head.bias.data += 1
+    with pytest.raises(CheckpointError, match="the logits of ViTForImageClassification differ"):
+        compare(ours, form, tmp_path / "ours", torch.float32)
 
 
 def test_a_head_for_other_classes_is_refused(tmp_path):

@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import builtins
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.data.fakes import steps_of
+from trainer.data.stream import StreamData
 from trainer.errors import ConfigError, SetupError
+from trainer.models.resnet import ResNet
 from trainer.tasks import Augments, BadRecord, Encoded
 from trainer.tasks.image_classification import ImageClassification
 
@@ -159,3 +165,28 @@ def test_without_pillow_pixels_still_work_and_encoded_images_name_the_extra(monk
     assert np.array_equal(pixels_of(task_of(), GREY), GREY[None])
     with pytest.raises(SetupError, match=r"shardwright\[vision\]"):
         task_of().encode([{"image": png, "label": 0}])
+
+
+def test_gradients_do_not_depend_on_ranks_and_micro_batches(tmp_path: Path) -> None:
+    """Encoded images from a Parquet file, cropped and mirrored, through a network with norms."""
+    draw = np.random.default_rng(0)
+    images = [encoded_image(draw.integers(0, 256, (9, 9), np.uint8)) for _ in range(30)]
+    rows = [{"image": {"bytes": image, "path": None}, "label": index % 3} for index, image in enumerate(images)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    model = ResNet((8, 8), 3, in_channels=1, layers=[1], channels=[4], stem="small", norm_groups=2)
+    task = task_of(image_size=[8, 8], crop_padding=2, flip=True)
+
+    def gradient(world_size: int, micro_size: int) -> list[torch.Tensor]:
+        model.reset_parameters(torch.Generator().manual_seed(0))
+        model.zero_grad()
+        data = StreamData(str(tmp_path), lanes=4, block=4)
+        options = {"task": task, "global_size": 8, "micro_size": micro_size}
+        for steps in steps_of(data, 3, world_size=world_size, **options):
+            for batch in (batch for step in steps for batch in step.micro_batches):
+                task.loss(model, batch).objective.backward()  # type: ignore[no-untyped-call]
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    whole = gradient(1, 8)
+    assert len(whole) == len(list(model.parameters())) and all(bool(one.abs().max() > 0) for one in whole)
+    for one, other in zip(whole, gradient(2, 2), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
