@@ -42,6 +42,8 @@ NEEDED = {
     ("model", "hf"): ["model.path=folder", "model.kind=seq2seq"],
     ("model", "mlp"): ["task=classification"],
     ("task", "text_classification"): ["task.num_classes=2"],
+    **{("model", name): ["task=image_classification"] for name in ("resnet18", "resnet50")},
+    **{("model", f"vit_{size}"): ["task=image_classification"] for size in ("tiny", "small", "base", "large", "huge")},
     ("tokenizer", "file"): ["tokenizer.path=tokenizer.json", "tokenizer.vocab_size=100"],
     ("tokenizer", "none"): ["model=mlp", "task=classification"],
 }

@@ -17,7 +17,7 @@ _TOLERANCE = 1e-4
 
 
 def compare(model: torch.nn.Module, form: Format, folder: Path, dtype: torch.dtype) -> float:
-    """The largest difference of logits on random ids, relative to the largest logit; both models in fp32.
+    """The largest difference of logits on random inputs, relative to the largest logit; both models in fp32.
 
     model: ours, in fp32, with the weights of the checkpoint, which are rounded to `dtype` here as in the folder.
     Raises CheckpointError where the folder cannot be loaded or the logits differ, SetupError without transformers.
@@ -57,8 +57,13 @@ def complaints(told: Mapping[str, Any], form: Format) -> dict[str, list[str]]:
 
 
 def _random_batch(form: Format, rows: int = 2, length: int = 16) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The same ids for our model and for theirs."""
+    """The same ids or images for our model and for theirs."""
     generator = torch.Generator().manual_seed(0)
+    if "image_size" in form.config:
+        size = form.config["image_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        images = torch.randn(rows, form.config["num_channels"], height, width, generator=generator)
+        return {"inputs": images}, {"pixel_values": images}
 
     def ids() -> torch.Tensor:
         return torch.randint(form.config["vocab_size"], (rows, length), generator=generator)

@@ -10,17 +10,19 @@ from typing import Any
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.formats import Format, bart, bert, gpt2, hf, llama, qwen, t5
+from trainer.formats import Format, bart, bert, gpt2, hf, llama, qwen, t5, vit
 from trainer.models.decoder import Decoder
 from trainer.models.encoder import Encoder
 from trainer.models.encoder_decoder import EncoderDecoder
 from trainer.models.hf import HFModel
+from trainer.models.vit import ViT
 
 _FAMILIES: dict[type, tuple[ModuleType, ...]] = {
     Decoder: (llama, qwen, gpt2),
     Encoder: (bert,),
     EncoderDecoder: (t5, bart),
     HFModel: (hf,),
+    ViT: (vit,),
 }
 """For each model of ours, the families that it can be, the usual ones first."""
 

@@ -28,9 +28,10 @@ def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None
     """
     parameter = getattr(module, leaf)
     shape = tuple(parameter.shape)
-    if isinstance(module, (Projection, TokenEmbedding, PositionEmbedding)) and leaf == "weight":
+    row_stds: Any = getattr(module, "row_stds", None)
+    if row_stds is not None and leaf == "weight":
         value = torch.randn(shape, generator=generator, device=generator.device)
-        sizes, stds = (list(column) for column in zip(*module.row_stds, strict=True))
+        sizes, stds = (list(column) for column in zip(*row_stds, strict=True))
         for rows, std in zip(torch.split(value, sizes), stds, strict=True):
             rows.mul_(std)
     elif isinstance(module, nn.LSTM) and parameter.dim() > 1:
@@ -40,7 +41,7 @@ def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None
         std = math.sqrt(2 / math.prod(shape[1:]))
         value = torch.randn(shape, generator=generator, device=generator.device).mul_(std)
     else:
-        is_norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        is_norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
         value = torch.full(shape, 1.0 if is_norm and leaf == "weight" else 0.0)
         if isinstance(module, nn.LSTM) and leaf.startswith("bias_ih"):
             value[module.hidden_size : 2 * module.hidden_size] = 1.0

@@ -63,21 +63,28 @@ class Classification:
             return BadRecord(
                 f"column '{self._label_column}' holds {label!r}, not an integer from 0 to {self._num_classes - 1}"
             )
+        inputs = self._read(value)
+        if isinstance(inputs, BadRecord):
+            return BadRecord(f"column '{self._input_column}' {inputs.reason}")
+        fields = {"inputs": inputs, "label": np.asarray([label], dtype=np.int64)}
+        return Encoded(fields, length=1, num_target_tokens=1)
+
+    def _read(self, value: Any) -> np.ndarray[Any, Any] | BadRecord:
+        """The input that a column holds, or what is wrong with it ("holds ...")."""
         try:
             inputs = np.asarray(value, dtype=np.float32)
         except (TypeError, ValueError):
-            return BadRecord(f"column '{self._input_column}' holds {type(value).__name__}, not numbers")
+            return BadRecord(f"holds {type(value).__name__}, not numbers")
         if self._input_shape is not None:
             if inputs.size != math.prod(self._input_shape):
                 return BadRecord(
-                    f"column '{self._input_column}' holds {inputs.size} numbers,"
-                    f" not the {math.prod(self._input_shape)} of task.input_shape={list(self._input_shape)}"
+                    f"holds {inputs.size} numbers, not the {math.prod(self._input_shape)} of"
+                    f" task.input_shape={list(self._input_shape)}"
                 )
             inputs = inputs.reshape(self._input_shape)
         if not np.isfinite(inputs).all():
-            return BadRecord(f"column '{self._input_column}' holds a number that is not finite")
-        fields = {"inputs": inputs * np.float32(self._input_scale), "label": np.asarray([label], dtype=np.int64)}
-        return Encoded(fields, length=1, num_target_tokens=1)
+            return BadRecord("holds a number that is not finite")
+        return inputs * np.float32(self._input_scale)
 
     def pieces(self, sample: Encoded) -> list[Encoded]:
         """Always one."""
