@@ -47,7 +47,7 @@ def compare(model: torch.nn.Module, form: Format, folder: Path, dtype: torch.dty
 
 
 def _random_batch(form: Format, rows: int = 2, length: int = 16) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The same ids for our model and for theirs."""
+    """The same ids for our model and for theirs; for one of speech, the same features."""
     generator = torch.Generator().manual_seed(0)
 
     def ids() -> torch.Tensor:
@@ -57,6 +57,14 @@ def _random_batch(form: Format, rows: int = 2, length: int = 16) -> tuple[dict[s
         one = ids()
         return {"input_ids": one}, {"input_ids": one}
     source, target = ids(), ids()
+    if "num_mel_bins" in form.config:
+        frames = 2 * form.config["max_source_positions"]
+        features = torch.randn(rows, frames, form.config["num_mel_bins"], generator=generator)
+        target = target[:, : form.config["max_target_positions"]]
+        return (
+            {"features": features, "decoder_input_ids": target},
+            {"input_features": features.transpose(1, 2), "decoder_input_ids": target},
+        )
     mask = torch.ones(rows, length, dtype=torch.bool)
     return (
         {"source_ids": source, "source_mask": mask, "decoder_input_ids": target},

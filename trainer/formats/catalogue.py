@@ -10,11 +10,12 @@ from typing import Any
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.formats import Format, llama, t5
+from trainer.formats import Format, llama, t5, whisper
 from trainer.models.decoder import Decoder
 from trainer.models.encoder_decoder import EncoderDecoder
+from trainer.models.speech import SpeechToText
 
-_FAMILIES: dict[type, tuple[ModuleType, ...]] = {Decoder: (llama,), EncoderDecoder: (t5,)}
+_FAMILIES: dict[type, tuple[ModuleType, ...]] = {Decoder: (llama,), EncoderDecoder: (t5,), SpeechToText: (whisper,)}
 """For each model of ours, the families that it can be, the usual ones first."""
 
 

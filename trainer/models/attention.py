@@ -84,7 +84,11 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Attention of a sequence over itself; queries, keys and values come from one projection."""
+    """Attention of a sequence over itself; queries, keys and values come from one projection.
+
+    key_bias: whether the keys have a bias where the others do. It adds the same to all scores of a query, so the
+    softmax takes it out again; Whisper has none (Radford et al. 2022).
+    """
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class SelfAttention(nn.Module):
         in_std: float,
         out_std: float,
         bias: bool = False,
+        key_bias: bool = True,
         scaled: bool = True,
         dropout: float = 0.0,
     ) -> None:
@@ -107,8 +112,10 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         query_std = in_std if scaled else in_std * head_dim**-0.5
         kv_size = self.num_kv_heads * head_dim
-        row_stds = [(num_heads * head_dim, query_std), (kv_size, in_std), (kv_size, in_std)]
-        self.qkv = Projection(d_model, row_stds, bias)
+        query_size = num_heads * head_dim
+        row_stds = [(query_size, query_std), (kv_size, in_std), (kv_size, in_std)]
+        unbiased = (0, 0) if key_bias else (query_size, query_size + kv_size)
+        self.qkv = Projection(d_model, row_stds, bias, unbiased)
         self.out = Projection(num_heads * head_dim, [(d_model, out_std)], bias)
 
     def forward(
@@ -146,7 +153,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of a sequence over the encoder's memory."""
+    """Attention of a sequence over the encoder's memory; `key_bias`: see `SelfAttention`."""
 
     def __init__(
         self,
@@ -157,6 +164,7 @@ class CrossAttention(nn.Module):
         in_std: float,
         out_std: float,
         bias: bool = False,
+        key_bias: bool = True,
         scaled: bool = True,
         dropout: float = 0.0,
     ) -> None:
@@ -167,7 +175,7 @@ class CrossAttention(nn.Module):
         self.dropout = dropout
         inner = num_heads * head_dim
         self.q = Projection(d_model, [(inner, in_std if scaled else in_std * head_dim**-0.5)], bias)
-        self.kv = Projection(d_model, [(inner, in_std), (inner, in_std)], bias)
+        self.kv = Projection(d_model, [(inner, in_std), (inner, in_std)], bias, (0, 0) if key_bias else (0, inner))
         self.out = Projection(inner, [(d_model, out_std)], bias)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,8 @@ class Layer(nn.Module):
         dropout: float,
         attention_dropout: float,
         activation_dropout: float,
+        norm_eps: float = 1e-6,
+        key_bias: bool = True,
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
@@ -58,14 +60,15 @@ class Layer(nn.Module):
             "in_std": d_model**-0.5,
             "out_std": (num_heads * d_kv) ** -0.5,
             "bias": bias,
+            "key_bias": key_bias,
             "scaled": scaled,
             "dropout": attention_dropout,
         }
-        self.self_norm = make_norm(norm, d_model, bias)
+        self.self_norm = make_norm(norm, d_model, bias, norm_eps)
         self.self_attention = SelfAttention(d_model, num_heads, **attention)
-        self.cross_norm = make_norm(norm, d_model, bias) if cross else None
+        self.cross_norm = make_norm(norm, d_model, bias, norm_eps) if cross else None
         self.cross_attention = CrossAttention(d_model, num_heads, **attention) if cross else None
-        self.feed_forward_norm = make_norm(norm, d_model, bias)
+        self.feed_forward_norm = make_norm(norm, d_model, bias, norm_eps)
         self.feed_forward = FeedForward(
             d_model,
             d_ff,

@@ -18,8 +18,8 @@ def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None
     """Fill `module`'s own parameter `leaf`: norms one, biases zero, matrices normal as the module's `row_stds` say.
 
     Matrices of `nn.LSTM` are uniform within 1 / sqrt(hidden size), its forget gates' biases one (Jozefowicz et al.
-    2015). Kernels of `nn.Conv2d` and matrices of `nn.Linear` feed ReLUs: normal with variance 2 / fan-in (He et al.
-    2015).
+    2015). Kernels of `nn.Conv1d` and `nn.Conv2d` and matrices of `nn.Linear` feed ReLUs or GELUs: normal with variance
+    2 / fan-in (He et al. 2015).
     """
     parameter = getattr(module, leaf)
     shape = tuple(parameter.shape)
@@ -31,7 +31,7 @@ def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None
     elif isinstance(module, nn.LSTM) and parameter.dim() > 1:
         bound = module.hidden_size**-0.5
         value = torch.rand(shape, generator=generator, device=generator.device).mul_(2 * bound).sub_(bound)
-    elif isinstance(module, (nn.Linear, nn.Conv2d)) and leaf == "weight":
+    elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and leaf == "weight":
         std = math.sqrt(2 / math.prod(shape[1:]))
         value = torch.randn(shape, generator=generator, device=generator.device).mul_(std)
     else:
@@ -44,11 +44,35 @@ def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None
 
 
 class Projection(nn.Linear):
-    """A linear map, possibly several fused by rows: `row_stds` gives (rows, standard deviation) of each."""
+    """A linear map, possibly several fused by rows: `row_stds` gives (rows, standard deviation) of each.
 
-    def __init__(self, in_features: int, row_stds: Sequence[tuple[int, float]], bias: bool = False) -> None:
+    unbiased: the rows [begin, end) that have no bias; the parameter `bias` is shorter by them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        row_stds: Sequence[tuple[int, float]],
+        bias: bool = False,
+        unbiased: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__(in_features, sum(rows for rows, _ in row_stds), bias=bias)
         self.row_stds = tuple(row_stds)
+        self.unbiased = unbiased
+        if bias and unbiased[1] > unbiased[0]:
+            self.bias = nn.Parameter(self.bias.detach()[: self.out_features - unbiased[1] + unbiased[0]].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., rows]."""
+        return F.linear(x, self.weight, spread_bias(self.bias, self.unbiased))
+
+
+def spread_bias(bias: Tensor | None, unbiased: tuple[int, int]) -> Tensor | None:
+    """The bias of all rows: `bias`, with zeros for the rows [begin, end) that it leaves out."""
+    begin, end = unbiased
+    if bias is None or begin == end:
+        return bias
+    return torch.cat((bias[:begin], bias.new_zeros(end - begin), bias[begin:]))
 
 
 def matrix_size(module: nn.Module) -> int:
@@ -84,9 +108,9 @@ class PositionEmbedding(nn.Module):
         return self.weight[start : start + length]
 
 
-def make_norm(kind: NormKind, d_model: int, bias: bool = True) -> nn.Module:
+def make_norm(kind: NormKind, d_model: int, bias: bool = True, norm_eps: float = 1e-6) -> nn.Module:
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension."""
-    return RMSNorm(d_model, eps=1e-6) if kind == "rms" else nn.LayerNorm(d_model, eps=1e-6, bias=bias)
+    return RMSNorm(d_model, eps=norm_eps) if kind == "rms" else nn.LayerNorm(d_model, eps=norm_eps, bias=bias)
 
 
 class _RMSNorm(torch.autograd.Function):
