@@ -40,6 +40,8 @@ NEEDED = {
     ("data", "files"): ["data.path=train.jsonl"],
     ("model", "cnn"): ["task=classification"],
     ("model", "mlp"): ["task=classification"],
+    ("model", "speech"): ["task=speech_recognition"],
+    ("task", "speech_recognition"): ["model=speech"],
     ("tokenizer", "file"): ["tokenizer.path=tokenizer.json", "tokenizer.vocab_size=100"],
     ("tokenizer", "none"): ["model=mlp", "task=classification"],
 }

@@ -158,7 +158,9 @@ def _recording_problems(task: Task, model: Any) -> list[str]:
     if gives is None and takes is None:
         return []
     if takes is None:
-        return [f"{type(task).__name__} gives recordings, which {type(model).__name__} does not take; use model=speech."]
+        return [
+            f"{type(task).__name__} gives recordings, which {type(model).__name__} does not take; use model=speech."
+        ]
     if gives is None:
         return [f"{type(model).__name__} takes recordings; use task=speech_recognition."]
     problems = []

@@ -35,10 +35,10 @@ VALIDATION, TEST = 0.06, 0.08  # shares of the sentences
 SILENCE = 0.1  # seconds of a pause that stay on each side of a cut
 MAX_SHIFT = 1  # letters between a pause and the border of words that it is taken for
 VOWELS = "аеёиоуыэюя"
-CONSONANTS = {  # as the voice writes them; soft ones twice
-    **{"b": "б", "c": "ц", "ch": "ч", "d": "д", "f": "ф", "g": "г", "h": "х", "j": "й", "k": "к", "l": "л", "m": "м"},
-    **{"n": "н", "p": "п", "r": "р", "s": "с", "sch": "щ", "sh": "ш", "t": "т", "v": "в", "z": "з", "zh": "ж"},
-}
+# consonants as the voice writes them; soft ones are written twice
+# consonants as the voice writes them; soft ones are written twice
+SOUNDS = ["b", "c", "ch", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "sch", "sh", "t", "v", "z", "zh"]
+CONSONANTS = dict(zip(SOUNDS, "бцчдфгхйклмнпрсщштвзж", strict=True))
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,16 @@ def cut(text: str, sounds: Sequence[tuple[float, float, str]]) -> Iterator[Piece
     letters = [["V" if letter in VOWELS else letter for letter in re.sub(r"[ьъ-]", "", word)] for word in words]
     borders = [sum(map(len, letters[:count])) for count in range(len(words) + 1)]
     heard = [sound for _, _, sound in sounds if sound]
-    places = places_of(sum(letters, []), heard)
+    places = places_of([letter for word in letters for letter in word], heard)
     done = count = 0
     begin = end = None
     for start, stop, sound in [*sounds, (sounds[-1][1], sounds[-1][1], "")]:
         if sound:
             begin, end, count = (start if begin is None else begin), stop, count + 1
-            continue
-        nearest = min(range(len(borders)), key=lambda index: abs(borders[index] - places[count]))
-        if begin is not None and end is not None and nearest > done:
-            if abs(borders[nearest] - places[count]) <= MAX_SHIFT or nearest == len(words):
+        elif begin is not None and end is not None:
+            nearest = min(range(len(borders)), key=lambda index: abs(borders[index] - places[count]))
+            near = abs(borders[nearest] - places[count]) <= MAX_SHIFT or nearest == len(words)
+            if near and nearest > done:
                 yield Piece(" ".join(words[done:nearest]), begin, end)
                 done, begin = nearest, None
 

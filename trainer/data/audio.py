@@ -77,12 +77,15 @@ def resample(samples: NDArray[np.float32], rate: int, target: int = SAMPLE_RATE)
     if up == down:
         return samples
     if up * down > _LARGEST_KERNEL:
-        raise ValueError(f"its sampling rate of {rate} Hz has too little in common with {target} Hz; resample it before")
+        raise ValueError(
+            f"its sampling rate of {rate} Hz has too little in common with {target} Hz; resample it before"
+        )
     kernel, reach = _sinc_kernel(up, down)
     length = -(-len(samples) * up // down)
     padded = np.pad(samples, (reach, reach + down))
     windows = sliding_window_view(padded, len(kernel))[::down]
-    return (windows @ kernel).reshape(-1)[:length]
+    resampled: NDArray[np.float32] = (windows @ kernel).reshape(-1)[:length]
+    return resampled
 
 
 @lru_cache(maxsize=8)
@@ -128,4 +131,7 @@ def mel_bands(num_mels: int) -> NDArray[np.float32]:
     frequencies = np.linspace(0.0, SAMPLE_RATE / 2, WINDOW // 2 + 1)[:, None]
     low, middle, high = edges[:-2], edges[1:-1], edges[2:]
     rising, falling = (frequencies - low) / (middle - low), (high - frequencies) / (high - middle)
-    return (np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (high - low))).astype(np.float32)
+    bands: NDArray[np.float32] = (np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (high - low))).astype(
+        np.float32
+    )
+    return bands

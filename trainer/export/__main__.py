@@ -93,6 +93,8 @@ def _write(options: ExportOptions, folder: Path) -> str:
     with Reader(found.checkpoint) as reader:
         files = write_weights(reader, form, folder, dtype, int(options.max_shard_gb * 1e9))
     _write_json(folder / "config.json", {**form.config, "dtype": str(dtype).removeprefix("torch.")})
+    for name, value in form.files.items():
+        _write_json(folder / name, value)
     _write_tokenizer(folder, found, form)
     (folder / "README.md").write_text(_card(found, form), encoding="utf-8")
     told = f"{form.architecture}, {sum(path.stat().st_size for path in files):,} bytes of weights in {len(files)} files"

@@ -48,7 +48,7 @@ class Format:
     other names of a tensor (tied weights: {"lm_head.weight": "model.embed_tokens.weight"}); ignored: regular
     expressions of tensors that are no weights; fresh: those of our parameters that may be missing (a new head).
     constants: tensors of theirs that ours computes (a table of positions), by name: a function of no arguments that
-    gives the values. They are written, and what is read has to equal them.
+    gives the values. They are written, and what is read has to equal them. files: more JSON files of the folder.
     """
 
     architecture: str
@@ -59,3 +59,4 @@ class Format:
     ignored: Sequence[str] = ()
     fresh: Sequence[str] = ()
     constants: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

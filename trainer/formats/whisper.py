@@ -6,11 +6,15 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from trainer.data.audio import FRAMES_PER_SECOND, HOP, SAMPLE_RATE, WINDOW
 from trainer.errors import ConfigError
 from trainer.formats import Format, Tensor
-from trainer.models.speech import sinusoids
+from trainer.models.positions import sinusoids
 
 MODEL_TYPES = ("whisper",)
+
+STRIDE = 2
+"""Frames for each position of the encoder."""
 
 
 def obstacles(given: Mapping[str, Any]) -> list[str]:
@@ -18,15 +22,13 @@ def obstacles(given: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def describe(given: Mapping[str, Any]) -> Format:
-    """See `trainer.formats`."""
-    size, positions = given["d_model"], given["max_source_positions"]
-    config = {
+def _config(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "model_type": "whisper",
         "is_encoder_decoder": True,
         "vocab_size": given["vocab_size"],
         "num_mel_bins": given["num_mels"],
-        "d_model": size,
+        "d_model": given["d_model"],
         **{f"{side}_layers": given[f"{side}_layers"] for side in ("encoder", "decoder")},
         **{f"{side}_attention_heads": given["num_heads"] for side in ("encoder", "decoder")},
         **{f"{side}_ffn_dim": given["d_ff"] for side in ("encoder", "decoder")},
@@ -35,7 +37,7 @@ def describe(given: Mapping[str, Any]) -> Format:
         "dropout": given["dropout"],
         "attention_dropout": given["attention_dropout"],
         "activation_dropout": given["activation_dropout"],
-        "max_source_positions": positions,
+        "max_source_positions": given["max_source_positions"],
         "max_target_positions": given["max_positions"],
         "tie_word_embeddings": True,
         # transformers' own are places in the vocabulary of the Whisper that was published; a tokenizer tells others
@@ -46,6 +48,26 @@ def describe(given: Mapping[str, Any]) -> Format:
         "suppress_tokens": None,
         "begin_suppress_tokens": None,
     }
+
+
+def _extractor(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes recordings into features, as `trainer.data.audio` does."""
+    seconds = STRIDE * given["max_source_positions"] / FRAMES_PER_SECOND
+    return {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": given["num_mels"],
+        "sampling_rate": SAMPLE_RATE,
+        "n_fft": WINDOW,
+        "hop_length": HOP,
+        "chunk_length": int(seconds) if seconds.is_integer() else seconds,
+        "padding_value": 0.0,
+        "return_attention_mask": False,
+    }
+
+
+def describe(given: Mapping[str, Any]) -> Format:
+    """See `trainer.formats`."""
+    size = given["d_model"]
 
     def both(theirs: str, ours: str) -> Iterator[Tensor]:
         yield Tensor(f"{theirs}.weight", f"{ours}.weight")
@@ -85,11 +107,12 @@ def describe(given: Mapping[str, Any]) -> Format:
 
     return Format(
         "WhisperForConditionalGeneration",
-        config,
+        _config(given),
         list(tensors()),
         prefix="model.",
         twins={"proj_out.weight": "model.decoder.embed_tokens.weight"},
-        constants={"model.encoder.embed_positions.weight": partial(sinusoids, positions, size)},
+        files={"preprocessor_config.json": _extractor(given)},
+        constants={"model.encoder.embed_positions.weight": partial(sinusoids, given["max_source_positions"], size)},
     )
 
 

@@ -1,12 +1,9 @@
-"""Speech to text (Whisper, Radford et al. 2022): an encoder of log-mel features and the decoder of `encoder_decoder`."""
+"""Speech to text (Whisper, Radford et al. 2022): a log-mel encoder, and the decoder of `encoder_decoder`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from functools import lru_cache
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +13,7 @@ from trainer.models.base import Model
 from trainer.models.cache import AttentionState, KeyValueCache, Memory
 from trainer.models.encoder_decoder import Layer
 from trainer.models.layers import PositionEmbedding, TokenEmbedding, dropout, make_norm, matrix_size
+from trainer.models.positions import sinusoids
 
 NORM_EPS = 1e-5
 STRIDE = 2
@@ -157,19 +155,6 @@ class SpeechToText(Model):
         matrices = (matrix_size(self.encoder) + kv_size) * positions + target_parameters * target_length
         scores = len(self.encoder) * positions**2 + len(self.decoder) * target_length * (target_length + positions)
         return 6.0 * (convolutions + matrices) + 12.0 * self.d_model * scores
-
-
-@lru_cache(maxsize=64)
-def sinusoids(length: int, d_model: int) -> Tensor:
-    """[length, d_model] fp32: sines of d_model / 2 frequencies from 1 to 1 / 10000, then their cosines.
-
-    As in Whisper; `trainer.models.positions.sinusoidal` has them in turn, with other frequencies.
-    """
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        half = d_model // 2
-        frequencies = torch.exp(torch.arange(half) * (-math.log(10_000.0) / (half - 1)))
-        angles = torch.arange(length)[:, None] * frequencies
-        return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def _check(d_model: int, num_heads: int) -> None:

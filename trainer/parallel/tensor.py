@@ -132,7 +132,7 @@ class _SplitByRows(nn.Linear):
         like = {"dtype": whole.weight.dtype, "device": whole.weight.device}
         super().__init__(whole.in_features, whole.out_features // layout.tensor, bias=False, **like)
         if whole.bias is not None:
-            self.bias = nn.Parameter(torch.empty(len(whole.bias) // layout.tensor, **like))
+            self.bias = nn.Parameter(whole.bias.new_empty(len(whole.bias) // layout.tensor))
         self.unbiased = (whole.unbiased[0] // layout.tensor, whole.unbiased[1] // layout.tensor)
         self.out_features = whole.out_features  # as the others know it
         self._group = layout.tensor_group

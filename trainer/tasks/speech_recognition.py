@@ -92,7 +92,7 @@ class SpeechRecognition:
         features = self._features(value, f"column '{self._audio_column}'")
         if isinstance(features, BadRecord):
             return features
-        fields = {"features": features, "target_ids": target}
+        fields: dict[str, NDArray[Any]] = {"features": features, "target_ids": target}
         return Encoded(fields, length=max(len(features), len(target)), num_target_tokens=len(target))
 
     def _features(self, value: Any, place: str) -> NDArray[np.float16] | BadRecord:
@@ -106,7 +106,9 @@ class SpeechRecognition:
         most = self.max_frames * SAMPLE_RATE // FRAMES_PER_SECOND
         if len(samples) > most:
             seconds = len(samples) / SAMPLE_RATE
-            return self._too_long(f"a recording of {seconds:.2f} seconds is over task.max_seconds={self._max_seconds:g}")
+            return self._too_long(
+                f"a recording of {seconds:.2f} seconds is over task.max_seconds={self._max_seconds:g}"
+            )
         if self._fill:
             samples = np.pad(samples, (0, most - len(samples)))
         elif len(samples) < WINDOW:
