@@ -44,6 +44,8 @@ NEEDED = {
     ("task", "text_classification"): ["task.num_classes=2"],
     **{("model", name): ["task=image_classification"] for name in ("resnet18", "resnet50")},
     **{("model", f"vit_{size}"): ["task=image_classification"] for size in ("tiny", "small", "base", "large", "huge")},
+    ("model", "speech"): ["task=speech_recognition"],
+    ("task", "speech_recognition"): ["model=speech"],
     ("tokenizer", "file"): ["tokenizer.path=tokenizer.json", "tokenizer.vocab_size=100"],
     ("tokenizer", "none"): ["model=mlp", "task=classification"],
 }

@@ -7,14 +7,16 @@ for them.
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainer.engine.average import AVERAGE
 from trainer.engine.base import BuildModel, Engine
 from trainer.errors import CheckpointError
-from trainer.pretrained import Weights
+
+if TYPE_CHECKING:
+    from trainer.pretrained import Weights
 
 
 def initialise(engine: Engine, build_model: BuildModel, seed: int, weights: Weights | None = None) -> None:

@@ -140,6 +140,7 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
             f"The task {type(task).__name__} trains models for {trained}, and this {type(model).__name__} is one for"
             f" {made}; choose another task or model (of an Encoder, model.head)."
         )
+    problems += _recording_problems(task, model)
     vocabulary = getattr(model, "vocab_size", None)
     if tokenizer is not None and vocabulary is not None and tokenizer.vocab_size > vocabulary:
         problems.append(
@@ -186,6 +187,29 @@ def _optimizer_problems(config: Config) -> list[str]:
     if config.engine.tensor_parallel > 1:
         cure = "use engine.tensor_parallel=1, or optimizer=adamw or lion."
         problems.append(f"optimizer={why}, and engine.tensor_parallel splits matrices; {cure}")
+    return problems
+
+
+def _recording_problems(task: Task, model: Any) -> list[str]:
+    """Of a task or a model that works on recordings: both have to, on frames of the same size, and not too many."""
+    gives, takes = getattr(task, "num_mels", None), getattr(model, "num_mels", None)
+    if gives is None and takes is None:
+        return []
+    if takes is None:
+        return [
+            f"{type(task).__name__} gives recordings, which {type(model).__name__} does not take; use model=speech."
+        ]
+    if gives is None:
+        return [f"{type(model).__name__} takes recordings; use task=speech_recognition."]
+    problems = []
+    if gives != takes:
+        problems.append(f"task.num_mels={gives} is not model.num_mels={takes}; give both the same number.")
+    frames, most = getattr(task, "max_frames", None), getattr(model, "max_frames", None)
+    if frames is not None and most is not None and frames > most:
+        problems.append(
+            f"task.max_seconds makes up to {frames} frames, more than the {most} of model.max_source_positions;"
+            " lower the one or raise the other."
+        )
     return problems
 
 

@@ -144,9 +144,28 @@ class _HubWeights:
             for one in self._form.tensors
             if self._name(one) is not None or one.ours not in self._form.fresh
         }
+        constants = {self._stored(name): value().shape for name, value in self._form.constants.items()}
+        wanted |= {name: list(shape) for name, shape in constants.items()}
         prefix = self._form.prefix
         known = {*self._form.twins, *(name.removeprefix(prefix) for name in self._form.twins)}
         _check(self._folder, found, wanted, [*map(re.escape, known), *self._form.ignored])
+        self._check_constants()
+
+    def _check_constants(self) -> None:
+        """What our model computes is what they have, but for rounding to 16 bits."""
+        for name, value in self._form.constants.items():
+            stored = self._stored(name)
+            with _opened(self._files[stored]) as file:
+                difference = float((file.get_tensor(stored).float() - value()).abs().max())
+            if not difference <= _ROUNDING:
+                raise CheckpointError(
+                    f"{self._folder}: {stored} differs by up to {difference:.2g} from the values that our model"
+                    " computes for it, so it was trained; train it with model=hf."
+                )
+
+    def _stored(self, name: str) -> str:
+        """The name of their tensor in these files, which may lack the prefix."""
+        return name if name in self._files else name.removeprefix(self._form.prefix)
 
     def _name(self, one: Tensor) -> str | None:
         """What their tensor is called in these files: by its name, without the prefix, or as a twin of it."""
@@ -208,6 +227,9 @@ def _json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds no mapping.")
     return value
 
+
+_ROUNDING = 0.01
+"""By how much a table of sines and cosines may differ: bfloat16 has 0.004 around 1."""
 
 _FREE_TO_CHOOSE = re.compile(r"dropout|init_std|max_positions|num_classes|head$")
 """Arguments of a model that do not belong to its weights."""

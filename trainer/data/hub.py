@@ -24,6 +24,9 @@ class HubSource:
 
         try:
             self._dataset: IterableDataset = datasets.load_dataset(path, name, split=split, streaming=True)
+            for column, feature in (self._dataset.features or {}).items():
+                if isinstance(feature, datasets.Audio):  # as bytes, which tasks decode (`trainer.data.audio`)
+                    self._dataset = self._dataset.cast_column(column, datasets.Audio(decode=False))
             if self._dataset.num_shards < min_shards:
                 self._dataset = self._dataset.reshard()
         except Exception as error:  # `datasets` lets through what its many libraries raise

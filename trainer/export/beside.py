@@ -30,6 +30,8 @@ def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str) -> Non
             special["eos_token_id"] = sorted({special["eos_token_id"], task.end_id})
         _write_tokenizer(folder, found.tokenizer, pairs, chat_template)
         _write_json(folder / "generation_config.json", {**special, **_generation(found, pairs)})
+    for name, value in form.files.items():
+        _write_json(folder / name, value)
     (folder / "README.md").write_text(_card(found, form), encoding="utf-8")
 
 

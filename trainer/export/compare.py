@@ -57,7 +57,7 @@ def complaints(told: Mapping[str, Any], form: Format) -> dict[str, list[str]]:
 
 
 def _random_batch(form: Format, rows: int = 2, length: int = 16) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The same ids or images for our model and for theirs."""
+    """The same ids, images or features of speech for our model and for theirs."""
     generator = torch.Generator().manual_seed(0)
     if "image_size" in form.config:
         size = form.config["image_size"]
@@ -72,6 +72,14 @@ def _random_batch(form: Format, rows: int = 2, length: int = 16) -> tuple[dict[s
         one = ids()
         return {"input_ids": one}, {"input_ids": one}
     source, target = ids(), ids()
+    if "num_mel_bins" in form.config:
+        frames = 2 * form.config["max_source_positions"]
+        features = torch.randn(rows, frames, form.config["num_mel_bins"], generator=generator)
+        target = target[:, : form.config["max_target_positions"]]
+        return (
+            {"features": features, "decoder_input_ids": target},
+            {"input_features": features.transpose(1, 2), "decoder_input_ids": target},
+        )
     mask = torch.ones(rows, length, dtype=torch.bool)
     return (
         {"source_ids": source, "source_mask": mask, "decoder_input_ids": target},

@@ -28,11 +28,17 @@ def write_weights(reader: Reader, form: Format, folder: Path, dtype: torch.dtype
         "model.safetensors" if single else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         for number in range(1, len(parts) + 1)
     ]
+    constants = {theirs: value().to(dtype) for theirs, value in form.constants.items()}
     for name, part in zip(names, parts, strict=True):
-        save_file({one.theirs: _read(reader, one).to(dtype) for one in part}, folder / name, metadata={"format": "pt"})
+        tensors = {one.theirs: _read(reader, one).to(dtype) for one in part}
+        if name == names[0]:
+            tensors |= constants
+        save_file(tensors, folder / name, metadata={"format": "pt"})
     if not single:
         places = {one.theirs: name for name, part in zip(names, parts, strict=True) for one in part}
-        total = sum(_numel(reader, one) for one in form.tensors) * dtype.itemsize
+        places |= dict.fromkeys(constants, names[0])
+        numel = sum(_numel(reader, one) for one in form.tensors) + sum(map(torch.numel, constants.values()))
+        total = numel * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return [folder / name for name in names]

@@ -15,9 +15,12 @@ A family's file has:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class Format:
     For reading what others wrote: prefix: of names, which a checkpoint of the bare model has not ("bert."); twins:
     other names of a tensor (tied weights: {"lm_head.weight": "model.embed_tokens.weight"}); ignored: regular
     expressions of tensors that are no weights; fresh: those of our parameters that may be missing (a new head).
+    constants: tensors of theirs that ours computes (a table of positions), by name: a function of no arguments that
+    gives the values. They are written, and what is read has to equal them. files: more JSON files of the folder.
     """
 
     architecture: str
@@ -53,6 +58,8 @@ class Format:
     twins: Mapping[str, str] = field(default_factory=dict)
     ignored: Sequence[str] = ()
     fresh: Sequence[str] = ()
+    constants: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def unlike(given: Mapping[str, Any], wanted: Mapping[str, Any], family: str) -> list[str]:

@@ -10,11 +10,12 @@ from typing import Any
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.formats import Format, bart, bert, gpt2, hf, llama, qwen, t5, vit
+from trainer.formats import Format, bart, bert, gpt2, hf, llama, qwen, t5, vit, whisper
 from trainer.models.decoder import Decoder
 from trainer.models.encoder import Encoder
 from trainer.models.encoder_decoder import EncoderDecoder
 from trainer.models.hf import HFModel
+from trainer.models.speech import SpeechToText
 from trainer.models.vit import ViT
 
 _FAMILIES: dict[type, tuple[ModuleType, ...]] = {
@@ -22,6 +23,7 @@ _FAMILIES: dict[type, tuple[ModuleType, ...]] = {
     Encoder: (bert,),
     EncoderDecoder: (t5, bart),
     HFModel: (hf,),
+    SpeechToText: (whisper,),
     ViT: (vit,),
 }
 """For each model of ours, the families that it can be, the usual ones first."""

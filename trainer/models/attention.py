@@ -145,8 +145,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, causal: bool, dro
 class SelfAttention(nn.Module):
     """Attention of a sequence over itself; queries, keys and values come from one projection.
 
-    bias: of both projections, or with "qkv" of the first alone. qk_norm_eps: if set, each head's queries and keys go
-    through an RMSNorm with one weight for all heads (Henry et al. 2020; as in Qwen3), before they are rotated.
+    bias: of both projections, or with "qkv" of the first alone. key_bias: whether the keys have a bias where the others
+    do. It adds the same to all scores of a query, so the softmax takes it out again; Whisper has none (Radford et al.
+    2022). qk_norm_eps: if set, each head's queries and keys go through an RMSNorm with one weight for all heads (Henry
+    et al. 2020; as in Qwen3), before they are rotated.
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class SelfAttention(nn.Module):
         in_std: float,
         out_std: float,
         bias: bool | Literal["qkv"] = False,
+        key_bias: bool = True,
         scaled: bool = True,
         dropout: float = 0.0,
         qk_norm_eps: float | None = None,
@@ -171,8 +174,10 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         query_std = in_std if scaled else in_std * head_dim**-0.5
         kv_size = self.num_kv_heads * head_dim
-        row_stds = [(num_heads * head_dim, query_std), (kv_size, in_std), (kv_size, in_std)]
-        self.qkv = Projection(d_model, row_stds, bool(bias))
+        query_size = num_heads * head_dim
+        row_stds = [(query_size, query_std), (kv_size, in_std), (kv_size, in_std)]
+        unbiased = (0, 0) if key_bias else (query_size, query_size + kv_size)
+        self.qkv = Projection(d_model, row_stds, bool(bias), unbiased)
         self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, eps=qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, eps=qk_norm_eps)
         self.out = Projection(num_heads * head_dim, [(d_model, out_std)], bias is True)
@@ -215,7 +220,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of a sequence over the encoder's memory."""
+    """Attention of a sequence over the encoder's memory; `key_bias`: see `SelfAttention`."""
 
     def __init__(
         self,
@@ -226,6 +231,7 @@ class CrossAttention(nn.Module):
         in_std: float,
         out_std: float,
         bias: bool = False,
+        key_bias: bool = True,
         scaled: bool = True,
         dropout: float = 0.0,
     ) -> None:
@@ -236,7 +242,7 @@ class CrossAttention(nn.Module):
         self.dropout = dropout
         inner = num_heads * head_dim
         self.q = Projection(d_model, [(inner, in_std if scaled else in_std * head_dim**-0.5)], bias)
-        self.kv = Projection(d_model, [(inner, in_std), (inner, in_std)], bias)
+        self.kv = Projection(d_model, [(inner, in_std), (inner, in_std)], bias, (0, 0) if key_bias else (0, inner))
         self.out = Projection(inner, [(d_model, out_std)], bias)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,7 @@ class Layer(nn.Module):
         dropout: float,
         attention_dropout: float,
         activation_dropout: float,
+        key_bias: bool = True,
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
@@ -61,6 +62,7 @@ class Layer(nn.Module):
             "in_std": d_model**-0.5,
             "out_std": (num_heads * d_kv) ** -0.5,
             "bias": bias,
+            "key_bias": key_bias,
             "scaled": scaled,
             "dropout": attention_dropout,
         }

@@ -23,8 +23,8 @@ def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None
     """Fill `module`'s own parameter `leaf`: norms one, biases zero, matrices normal as the module's `row_stds` say.
 
     Matrices of `nn.LSTM` are uniform within 1 / sqrt(hidden size), its forget gates' biases one (Jozefowicz et al.
-    2015). Kernels of `nn.Conv2d` and matrices of `nn.Linear` feed ReLUs: normal with variance 2 / fan-in (He et al.
-    2015).
+    2015). Kernels of `nn.Conv1d` and `nn.Conv2d` and matrices of `nn.Linear` feed ReLUs or GELUs: normal with variance
+    2 / fan-in (He et al. 2015).
     """
     parameter = getattr(module, leaf)
     shape = tuple(parameter.shape)
@@ -37,7 +37,7 @@ def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None
     elif isinstance(module, nn.LSTM) and parameter.dim() > 1:
         bound = module.hidden_size**-0.5
         value = torch.rand(shape, generator=generator, device=generator.device).mul_(2 * bound).sub_(bound)
-    elif isinstance(module, (nn.Linear, nn.Conv2d)) and leaf == "weight":
+    elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and leaf == "weight":
         std = math.sqrt(2 / math.prod(shape[1:]))
         value = torch.randn(shape, generator=generator, device=generator.device).mul_(std)
     else:
@@ -50,15 +50,36 @@ def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None
 
 
 class Projection(nn.Linear):
-    """A linear map, possibly several fused by rows: `row_stds` gives (rows, standard deviation) of each."""
+    """A linear map, possibly several fused by rows: `row_stds` gives (rows, standard deviation) of each.
 
-    def __init__(self, in_features: int, row_stds: Sequence[tuple[int, float]], bias: bool = False) -> None:
+    unbiased: the rows [begin, end) that have no bias; the parameter `bias` is shorter by them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        row_stds: Sequence[tuple[int, float]],
+        bias: bool = False,
+        unbiased: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__(in_features, sum(rows for rows, _ in row_stds), bias=bias)
         self.row_stds = tuple(row_stds)
+        self.unbiased = unbiased
+        if bias and unbiased[1] > unbiased[0]:
+            self.bias = nn.Parameter(self.bias.detach()[: self.out_features - unbiased[1] + unbiased[0]].clone())
 
-    def forward(self, input: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
-        """[..., in_features] -> [..., out_features], or where it is an output head the `head_loss` of it."""
-        return super().forward(input) if head_loss is None else head_loss(input, self.weight, self.bias)
+    def forward(self, x: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
+        """[..., in_features] -> [..., rows], or where it is an output head the `head_loss` of it."""
+        bias = spread_bias(self.bias, self.unbiased)
+        return F.linear(x, self.weight, bias) if head_loss is None else head_loss(x, self.weight, bias)
+
+
+def spread_bias(bias: Tensor | None, unbiased: tuple[int, int]) -> Tensor | None:
+    """The bias of all rows: `bias`, with zeros for the rows [begin, end) that it leaves out."""
+    begin, end = unbiased
+    if bias is None or begin == end:
+        return bias
+    return torch.cat((bias[:begin], bias.new_zeros(end - begin), bias[begin:]))
 
 
 def matrix_size(module: nn.Module) -> int:

@@ -44,6 +44,19 @@ def _sinusoidal_table(
         return (torch.cat(waves, dim=-1) if halves else torch.stack(waves, dim=-1).flatten(1)).to(dtype)
 
 
+@lru_cache(maxsize=64)
+def sinusoids(length: int, d_model: int) -> Tensor:
+    """[length, d_model] fp32: sines of d_model / 2 frequencies from 1 to 1 / 10000, then their cosines.
+
+    As in Whisper (Radford et al. 2022); `sinusoidal` has the two in turn, and frequencies that end a little earlier.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        half = d_model // 2
+        frequencies = torch.exp(torch.arange(half) * (-math.log(10_000.0) / (half - 1)))
+        angles = torch.arange(length)[:, None] * frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
 def rotary_tables(
     length: int,
     head_dim: int,

@@ -7,7 +7,7 @@ relative bias and the output head stay whole on every rank; their gradients are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.models.attention import Bias, CrossAttention, SelfAttention
-from trainer.models.layers import FeedForward, Projection, RMSNorm
+from trainer.models.layers import FeedForward, Projection, RMSNorm, spread_bias
 from trainer.models.positions import RelativeBias
 from trainer.parallel.layout import Layout
 from trainer.parallel.slices import Slice, Slices
@@ -72,18 +72,12 @@ def _split(module: SelfAttention | CrossAttention | FeedForward, layout: Layout)
     def rows(name: str, *sizes: int) -> None:
         """The projection `name` has parts of `sizes` rows, each of which is split."""
         whole: Projection = getattr(module, name)
-        places = [sum(sizes[:index]) for index in range(len(sizes))]
-        intervals = tuple(
-            (
-                place + layout.tensor_rank * size // layout.tensor,
-                place + (layout.tensor_rank + 1) * size // layout.tensor,
-            )
-            for place, size in zip(places, sizes, strict=True)
-        )
         setattr(module, name, _SplitByRows(whole, layout))
-        slices[f"{name}.weight"] = Slice((whole.out_features, whole.in_features), rows=intervals)
+        slices[f"{name}.weight"] = Slice((whole.out_features, whole.in_features), rows=_own_rows(sizes, layout))
         if whole.bias is not None:
-            slices[f"{name}.bias"] = Slice((whole.out_features,), rows=intervals)
+            ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+            biased = [size for size, end in zip(sizes, ends, strict=True) if (end - size, end) != whole.unbiased]
+            slices[f"{name}.bias"] = Slice((sum(biased),), rows=_own_rows(biased, layout))
 
     def columns(name: str) -> None:
         whole: Projection = getattr(module, name)
@@ -114,6 +108,15 @@ def _split(module: SelfAttention | CrossAttention | FeedForward, layout: Layout)
     return slices
 
 
+def _own_rows(sizes: Sequence[int], layout: Layout) -> tuple[tuple[int, int], ...]:
+    """Of parts of `sizes` rows, one after the other, the rows [begin, end) of each that this rank has."""
+    places = [sum(sizes[:index]) for index in range(len(sizes))]
+    return tuple(
+        (place + layout.tensor_rank * size // layout.tensor, place + (layout.tensor_rank + 1) * size // layout.tensor)
+        for place, size in zip(places, sizes, strict=True)
+    )
+
+
 def _with_own_heads(attend: Callable[..., Tensor], layout: Layout) -> Callable[..., Tensor]:
     """`attend` for this rank's heads, of a bias for all of them."""
 
@@ -130,13 +133,17 @@ class _SplitByRows(nn.Linear):
 
     def __init__(self, whole: Projection, layout: Layout) -> None:
         like = {"dtype": whole.weight.dtype, "device": whole.weight.device}
-        super().__init__(whole.in_features, whole.out_features // layout.tensor, whole.bias is not None, **like)
+        super().__init__(whole.in_features, whole.out_features // layout.tensor, bias=False, **like)
+        if whole.bias is not None:
+            self.bias = nn.Parameter(whole.bias.new_empty(len(whole.bias) // layout.tensor))
+        self.unbiased = (whole.unbiased[0] // layout.tensor, whole.unbiased[1] // layout.tensor)
         self.out_features = whole.out_features  # as the others know it
         self._group = layout.tensor_group
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., own rows]."""
-        return F.linear(_SumGradients.apply(x, self._group), self.weight, self.bias)  # type: ignore[no-untyped-call]
+        bias = spread_bias(self.bias, self.unbiased)
+        return F.linear(_SumGradients.apply(x, self._group), self.weight, bias)  # type: ignore[no-untyped-call]
 
 
 class _SplitByColumns(nn.Linear):
