@@ -19,7 +19,6 @@ from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import CheckpointError, ConfigError
 from trainer.formats import Tensor
-from trainer.formats.catalogue import format_of, part_of
 
 Shapes = Mapping[str, torch.Size]
 """Of all parameters of a model, by name."""
@@ -125,6 +124,8 @@ class _HubWeights:
 
     def __init__(self, folder: Path, model: Mapping[str, Any], shapes: Shapes) -> None:
         self._folder = folder
+        from trainer.formats.catalogue import format_of
+
         self._form = format_of(model, None)
         self._files = _files(folder)
         self._pieces: dict[str, list[Tensor]] = {}
@@ -242,6 +243,8 @@ def _part_of(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json, so nothing says which model its weights are of.")
     try:
+        from trainer.formats.catalogue import part_of  # imports every model
+
         return part_of(_json(path))
     except KeyError as error:
         raise CheckpointError(f"{path} does not say {error.args[0]}, which its model_type needs.") from error
@@ -290,6 +293,8 @@ def _start_problems(folder: Path, tokenizer: Tokenizer | None, start_id: int | N
 def _matters(model: Mapping[str, Any], key: str, value: Any) -> bool:
     """Whether another value makes it another model: null may stand for what a number says."""
     try:
+        from trainer.formats.catalogue import format_of
+
         return format_of({**model, key: value}, None).config != format_of(model, None).config
     except ConfigError:  # the model has no counterpart, so neither is known to be the same
         return True

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.formats import Format
-from trainer.parts import make_task
 from trainer.tasks import Chats
 from trainer.tasks.text import start_id
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str) -> None:
     """Write all of it. dtype: of the weights, as torch calls it."""
+    from trainer.parts import make_task
+
     special = _special_tokens(found, form)
     _write_json(folder / "config.json", {**form.config, **special, "dtype": dtype})
     if found.tokenizer is not None:

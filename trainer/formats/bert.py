@@ -25,7 +25,7 @@ def obstacles(given: Mapping[str, Any]) -> list[str]:
 def describe(given: Mapping[str, Any]) -> Format:
     """See `trainer.formats`. Heads that the model has not are not read, and one that the folder has not begins anew."""
     head = given["head"]
-    config = {
+    told = {
         "model_type": "bert",
         "vocab_size": given["vocab_size"],
         "hidden_size": given["d_model"],
@@ -42,8 +42,8 @@ def describe(given: Mapping[str, Any]) -> Format:
         "tie_word_embeddings": True,
     }
     if head == "classification":
-        config["id2label"] = {str(index): f"LABEL_{index}" for index in range(given["num_classes"])}
-        config["label2id"] = {name: int(index) for index, name in config["id2label"].items()}
+        told["id2label"] = {str(index): f"LABEL_{index}" for index in range(given["num_classes"])}
+        told["label2id"] = {name: int(index) for index, name in told["id2label"].items()}
     body, top = list(_body(given)), list(_top(head))
     twins = {f"{name}{old}": f"{name}{new}" for one in (*body, *top) for name, old, new in _old_names(one.theirs)}
     if head == "masked_lm":
@@ -51,7 +51,7 @@ def describe(given: Mapping[str, Any]) -> Format:
         twins["cls.predictions.decoder.bias"] = "cls.predictions.bias"
     return Format(
         _ARCHITECTURES[head],
-        config,
+        told,
         [*body, *top],
         prefix="bert.",
         twins=twins,
