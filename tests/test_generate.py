@@ -13,7 +13,7 @@ import torch
 import trainer.restore
 from trainer.errors import DataError
 from trainer.generate import generate_texts, main
-from trainer.tasks import BadRecord, Encoded
+from trainer.tasks import AS_SET, BadRecord, Decoding, Encoded
 
 
 class Shout:
@@ -21,7 +21,7 @@ class Shout:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
-        self.asked: tuple[int | None, int | None] = (None, None)
+        self.asked = AS_SET
 
     def encode_prompts(self, texts: Sequence[str]) -> list[Encoded | BadRecord]:
         return [
@@ -34,12 +34,11 @@ class Shout:
         model: Any,
         samples: Sequence[Encoded],
         all_finished: Any = None,
-        beam_size: int | None = None,
-        max_length: int | None = None,
+        how: Decoding = AS_SET,
     ) -> list[str]:
         assert torch.is_inference_mode_enabled()
         self.batches.append([sample.length for sample in samples])
-        self.asked = (beam_size, max_length)
+        self.asked = how
         return [str(sample.fields["text"]).upper() for sample in samples]
 
 
@@ -55,19 +54,56 @@ def task(monkeypatch: pytest.MonkeyPatch) -> Shout:
 def test_results_come_in_the_order_of_the_texts_though_batches_are_by_length() -> None:
     task = Shout()
     texts = ["long one here", "a", "", "middle", "bb"]
-    assert generate_texts(task, torch.nn.Identity(), texts, batch_size=2) == ["LONG ONE HERE", "A", "", "MIDDLE", "BB"]
+    assert generate_texts(task, torch.nn.Identity(), texts, AS_SET, batch_size=2) == [
+        "LONG ONE HERE",
+        "A",
+        "",
+        "MIDDLE",
+        "BB",
+    ]
     assert task.batches == [[1, 2], [6, 13]]
 
 
 def test_a_text_that_cannot_be_used_is_named_by_its_number() -> None:
     with pytest.raises(DataError, match="Text 2 of 3 cannot be used: it is a question"):
-        generate_texts(Shout(), torch.nn.Identity(), ["a", "b?", "c"])
+        generate_texts(Shout(), torch.nn.Identity(), ["a", "b?", "c"], AS_SET)
 
 
 def test_texts_of_the_command_line(task: Shout, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run=r", "text=one", "text=two", "beam_size=5", "max_length=9"]) == 0
     assert capsys.readouterr().out == "ONE\nTWO\n"
-    assert task.asked == (5, 9)
+    assert task.asked == Decoding(beam_size=5, max_length=9)
+    assert main(["run=r", "text=one", "temperature=0.5", "top_p=0.9", "seed=3"]) == 0
+    assert task.asked == Decoding(temperature=0.5, top_p=0.9, seed=3) and task.asked.samples
+
+
+def test_ranks_share_the_batches_and_all_have_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["long one here", "a", "", "middle", "bb"]
+    told: list[dict[int, str]] = []
+    monkeypatch.setattr("trainer.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("trainer.distributed.all_gather_objects", lambda mine: [*told, told.append(mine) or mine])
+    for rank in (0, 1):
+        monkeypatch.setattr("trainer.distributed.rank", lambda rank=rank: rank)
+        task = Shout()
+        written = generate_texts(task, torch.nn.Identity(), texts, AS_SET, batch_size=2)
+        assert len(task.batches) == 1
+    assert written == ["LONG ONE HERE", "A", "", "MIDDLE", "BB"]
+
+
+@pytest.mark.usefixtures("task")
+def test_at_a_terminal_it_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = iter(["one", "why?", "two", ""])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    assert main(["run=r"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "ONE\nTWO\n" and "it is a question" in told.err
+
+
+@pytest.mark.usefixtures("task")
+def test_searching_and_sampling_at_once_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run=r", "text=one", "beam_size=2", "temperature=1"]) == 2
+    assert "beam_size=2 searches, and temperature" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("task")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.models.base import DecoderState, GeneratingModel
+from trainer.tasks import Decoding
 
 AllFinished = Callable[[bool], bool]
 """Called once before each decoding step with "this rank is done"; True when every rank is. Ranks that share a sharded
@@ -80,6 +81,31 @@ class SampleOptions:
             problems.append(f"top_p={self.top_p} is no probability; use a number above 0, up to 1, or null.")
         if problems:
             raise ConfigError(*problems)
+
+
+def chosen(how: Decoding, beams: BeamOptions) -> BeamOptions | SampleOptions:
+    """`beams`, or where `how` asks for it sampling of as many tokens. Raises ConfigError for options that cannot be."""
+    if not how.samples:
+        return beams
+    temperature = 1.0 if how.temperature is None else how.temperature
+    return SampleOptions(beams.max_length, temperature, how.top_k, how.top_p)
+
+
+def write(
+    model: GeneratingModel,
+    batch: Batch,
+    special_ids: tuple[int, int, int],
+    options: BeamOptions | SampleOptions,
+    seed: int,
+    all_finished: AllFinished | None = None,
+) -> list[list[int]]:
+    """`beam_search` or `sample`, by the kind of `options`. special_ids: begin, end and padding; seed: of sampling."""
+    bos_id, eos_id, pad_id = special_ids
+    if isinstance(options, BeamOptions):
+        return beam_search(model, batch, bos_id, eos_id, pad_id, options, all_finished)
+    device = next(iter(batch.values())).device
+    generator = torch.Generator(device).manual_seed(seed)
+    return sample(model, batch, bos_id, eos_id, options, generator, all_finished)
 
 
 def beam_search(

@@ -1,25 +1,27 @@
 """Text from a trained run: `python -m trainer.generate run=NAME text="A sentence." [input=FILE|-] [output=FILE]`.
 
-One line of output for each text, in order; a translation run translates, a language model continues.
+One line of output for each text, in order; a translation run translates, a language model continues. Without a text,
+at a terminal, it asks for one after the other. Under torchrun the ranks share the texts.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from trainer import distributed
 from trainer.commands import run_command
 from trainer.errors import ConfigError, DataError
-from trainer.tasks import BadRecord, Encoded, GeneratesText
+from trainer.tasks import BadRecord, Decoding, Encoded, GeneratesText
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Arguments of `python -m trainer.generate`."""
+    """Arguments of `python -m trainer.generate`. temperature, top_k, top_p ask for sampling; beam_size=1 is greedy."""
 
     run: str
     text: list[str] = field(default_factory=list)
@@ -27,6 +29,10 @@ class GenerateOptions:
     output: str | None = None
     beam_size: int | None = None
     max_length: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
     batch_size: int = 64
     runs_dir: str = "runs"
     checkpoint: str = "latest"
@@ -38,13 +44,13 @@ def generate_texts(
     task: GeneratesText,
     model: torch.nn.Module,
     texts: Sequence[str],
-    beam_size: int | None = None,
-    max_length: int | None = None,
+    how: Decoding,
     batch_size: int = 64,
 ) -> list[str]:
     """What `model` writes for each text, in order; texts of similar length go together. A blank text gives "".
 
-    Raises DataError, naming the text by number (from 1), for one the task cannot take.
+    Ranks take turns at the batches, and all return everything. Raises DataError, naming the text by number (from 1),
+    for one the task cannot take.
     """
     places = [place for place, text in enumerate(texts) if text.strip()]
     encoded: list[tuple[int, Encoded]] = []
@@ -53,14 +59,14 @@ def generate_texts(
             raise DataError(f"Text {place + 1} of {len(texts)} cannot be used: {sample.reason}.")
         encoded.append((place, sample))
     encoded.sort(key=lambda pair: pair[1].length)
-    written = [""] * len(texts)
+    batches = [encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
+    mine: dict[int, str] = {}
     with torch.inference_mode():
-        for start in range(0, len(encoded), batch_size):
-            batch = encoded[start : start + batch_size]
-            outputs = task.generate(model, [sample for _, sample in batch], beam_size=beam_size, max_length=max_length)
-            for (place, _), output in zip(batch, outputs, strict=True):
-                written[place] = output
-    return written
+        for batch in batches[distributed.rank() :: distributed.world_size()]:
+            outputs = task.generate(model, [sample for _, sample in batch], how=how)
+            mine |= dict(zip((place for place, _ in batch), outputs, strict=True))
+    everyone = {place: text for part in distributed.all_gather_objects(mine) for place, text in part.items()}
+    return [everyone.get(place, "") for place in range(len(texts))]
 
 
 def _read_texts(options: GenerateOptions) -> list[str]:
@@ -73,7 +79,10 @@ def _read_texts(options: GenerateOptions) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"input={options.input} cannot be read as UTF-8 text: {error}.") from error
     if not texts:
-        raise ConfigError('There is no text to work on; give text="..." or input=FILE (or input=- for standard input).')
+        raise ConfigError(
+            'There is no text to work on; give text="..." or input=FILE (or input=- for standard input), or nothing at'
+            " a terminal to be asked."
+        )
     return texts
 
 
@@ -83,32 +92,69 @@ def _check(options: GenerateOptions) -> None:
         for key, value in (
             ("beam_size", options.beam_size),
             ("max_length", options.max_length),
+            ("top_k", options.top_k),
             ("batch_size", options.batch_size),
         )
         if value is not None and value < 1
     ]
+    if options.beam_size is not None and _how(options).samples:
+        problems.append(
+            f"beam_size={options.beam_size} searches, and temperature, top_k and top_p sample; give one kind."
+        )
     if problems:
         raise ConfigError(*problems)
 
 
+def _how(options: GenerateOptions) -> Decoding:
+    return Decoding(
+        options.beam_size, options.max_length, options.temperature, options.top_k, options.top_p, options.seed
+    )
+
+
 def _generate(options: GenerateOptions) -> None:
     _check(options)
-    texts = _read_texts(options)
+    asks = not options.text and options.input is None and sys.stdin.isatty()
+    texts = [] if asks else _read_texts(options)
     from trainer.evaluate import write_atomically
     from trainer.restore import restore_run
 
-    found = options.run, options.runs_dir, options.checkpoint, options.allow_targets, options.weights
-    restored = restore_run(*found)
-    if not isinstance(restored.task, GeneratesText):
-        raise ConfigError(f"run={options.run}: its task {type(restored.task).__name__} does not generate text.")
-    written = generate_texts(
-        restored.task, restored.model, texts, options.beam_size, options.max_length, options.batch_size
-    )
-    lines = "".join(" ".join(line.splitlines()) + "\n" for line in written)
-    if options.output is None:
-        sys.stdout.write(lines)
-    else:
-        write_atomically(Path(options.output), lines)
+    with distributed.process_group():
+        found = options.run, options.runs_dir, options.checkpoint, options.allow_targets, options.weights
+        restored = restore_run(*found)
+        task, model = restored.task, restored.model
+        if not isinstance(task, GeneratesText):
+            raise ConfigError(f"run={options.run}: its task {type(task).__name__} does not generate text.")
+
+        def write(some: Sequence[str]) -> list[str]:
+            return generate_texts(task, model, some, _how(options), options.batch_size)
+
+        if asks:
+            _converse(write)
+            return
+        lines = "".join(" ".join(line.splitlines()) + "\n" for line in write(texts))
+        if distributed.rank() > 0:
+            return
+        if options.output is None:
+            sys.stdout.write(lines)
+        else:
+            write_atomically(Path(options.output), lines)
+
+
+def _converse(write: Callable[[Sequence[str]], list[str]]) -> None:
+    """Ask for texts until there are no more."""
+    print("One text a line; an empty line or Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not text.strip():
+            return
+        try:
+            print(*write([text]), flush=True)
+        except DataError as error:
+            print(error, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

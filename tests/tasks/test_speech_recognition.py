@@ -13,7 +13,7 @@ from trainer.errors import ConfigError, DataError, SetupError
 from trainer.models.mlp import MLP
 from trainer.models.speech import SpeechToText
 from trainer.parts import check_fit
-from trainer.tasks import IGNORE, BadRecord, Encoded, PacksRows, ScoresText
+from trainer.tasks import IGNORE, BadRecord, Decoding, Encoded, PacksRows, ScoresText
 from trainer.tasks.speech_recognition import SpeechRecognition
 
 pytest.importorskip("soundfile")
@@ -86,7 +86,7 @@ def test_files_are_written_down(tokenizer: Any, tmp_path: Path) -> None:
     sample, bad = task.encode_prompts([str(tmp_path / "a.wav"), "nowhere.wav"])
     assert isinstance(sample, Encoded) and isinstance(bad, BadRecord) and bad.reason.startswith("nowhere.wav: ")
     with torch.inference_mode():
-        (text,) = task.generate(model.eval(), [sample], beam_size=2, max_length=5)
+        (text,) = task.generate(model.eval(), [sample], how=Decoding(beam_size=2, max_length=5))
         (longer,) = task.generate(model.eval(), [sample])
     assert isinstance(text, str) and len(text.encode()) <= 15 and isinstance(longer, str)
 

@@ -30,6 +30,28 @@ AllFinished = Callable[[bool], bool]
 """Whether every rank has finished decoding, given whether this one has; a collective where ranks must step together."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How text is to be written; None: as the task is set. A temperature, top_k or top_p asks for sampling, repeatable
+    by `seed`; beam_size 1 is greedy; max_length: tokens at most, the end token included."""
+
+    beam_size: int | None = None
+    max_length: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return any(value is not None for value in (self.temperature, self.top_k, self.top_p))
+
+
+AS_SET = Decoding()
+"""As the task is set."""
+
+
 class Encoded(NamedTuple):
     """A record made ready for batching.
 
@@ -168,10 +190,9 @@ class GeneratesText(Protocol):
         model: Any,
         samples: Sequence[Encoded],
         all_finished: AllFinished | None = None,
-        beam_size: int | None = None,
-        max_length: int | None = None,
+        how: Decoding = AS_SET,
     ) -> list[str]:
-        """What `model` (in evaluation mode) writes for each sample; None takes the task's own setting."""
+        """What `model` (in evaluation mode) writes for each sample, as the task is set but for what `how` says."""
 
 
 @runtime_checkable

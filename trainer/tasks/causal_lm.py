@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trainer.errors import ConfigError
-from trainer.tasks import AllFinished, BadRecord, Batch, Encoded, LossSums, Record
+from trainer.tasks import AS_SET, AllFinished, BadRecord, Batch, Decoding, Encoded, LossSums, Record
 from trainer.tasks.loss import check_loss, token_loss
 from trainer.tasks.text import (
     OVERLONG_CHOICES,
@@ -162,10 +162,9 @@ class CausalLM:
         model: Any,
         samples: Sequence[Encoded],
         all_finished: AllFinished | None = None,
-        beam_size: int | None = None,
-        max_length: int | None = None,
+        how: Decoding = AS_SET,
     ) -> list[str]:
-        """A continuation of each prompt: sampled, the same at every call, or the likeliest if `beam_size` is given."""
+        """A continuation of each prompt: sampled, the same at every call, or as `how` says."""
         from trainer import decoding
 
         tokenizer = self._tokenizer
@@ -174,14 +173,11 @@ class CausalLM:
         lengths = np.asarray([sample.length for sample in samples])
         mask = np.arange(ids.shape[1]) < lengths[:, None]
         batch = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
-        longest = max_length or self._sequence_length
-        if beam_size is not None:
-            beams = decoding.BeamOptions(beam_size=beam_size, max_length=longest)
-            written = decoding.beam_search(
-                model, batch, tokenizer.bos_id, self._end_id, tokenizer.pad_id, beams, all_finished
-            )
-        else:
-            options = decoding.SampleOptions(longest, self._temperature, self._top_k)
-            generator = torch.Generator(device).manual_seed(0)
-            written = decoding.sample(model, batch, tokenizer.bos_id, self._end_id, options, generator, all_finished)
+        longest = how.max_length or self._sequence_length
+        options: decoding.BeamOptions | decoding.SampleOptions
+        options = decoding.SampleOptions(longest, self._temperature, self._top_k)
+        if how.beam_size is not None or how.samples:
+            options = decoding.chosen(how, decoding.BeamOptions(how.beam_size or 1, longest))
+        special = tokenizer.bos_id, self._end_id, tokenizer.pad_id
+        written = decoding.write(model, batch, special, options, how.seed, all_finished)
         return tokenizer.decode_batch(written)

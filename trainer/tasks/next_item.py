@@ -12,7 +12,7 @@ import torch
 
 from trainer.data.sources import column
 from trainer.errors import ConfigError
-from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
+from trainer.tasks import AS_SET, IGNORE, AllFinished, BadRecord, Batch, Decoding, Encoded, LossSums, Record
 from trainer.tasks.loss import token_loss
 from trainer.tasks.text import next_token_batch, num_unmasked, pad_rows
 
@@ -192,10 +192,9 @@ class NextItem:
         model: Any,
         samples: Sequence[Encoded],
         all_finished: AllFinished | None = None,
-        beam_size: int | None = None,
-        max_length: int | None = None,
+        how: Decoding = AS_SET,
     ) -> list[str]:
-        """The `top_k` (or max_length) likeliest next items of each sample, as prompts are written."""
+        """The `top_k` (or `how.max_length`) likeliest next items of each sample, as prompts are written."""
         device = next(model.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in self.collate(samples).items()}
         last = torch.tensor([sample.length - 1 for sample in samples], device=device)
@@ -203,7 +202,7 @@ class NextItem:
         if self._exclude_seen:
             hidden = torch.zeros(len(samples), self._num_items + 1, dtype=torch.bool, device=device)
             scores = scores.masked_fill(hidden.scatter_(1, batch["seen"], True)[:, 1:], -torch.inf)
-        best = scores.topk(min(max_length or self._top_k, self._num_items), dim=1).indices.tolist()
+        best = scores.topk(min(how.max_length or self._top_k, self._num_items), dim=1).indices.tolist()
         return [(" | " if self._names else " ").join(map(self._name, row)) for row in best]
 
     def _name(self, number: int) -> str:

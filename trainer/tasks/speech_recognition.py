@@ -12,7 +12,7 @@ import torch
 from trainer.data.audio import FRAMES_PER_SECOND, SAMPLE_RATE, WINDOW, log_mel, waveform
 from trainer.data.sources import column
 from trainer.errors import ConfigError, DataError, SetupError
-from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
+from trainer.tasks import AS_SET, IGNORE, AllFinished, BadRecord, Batch, Decoding, Encoded, LossSums, Record
 from trainer.tasks.loss import token_loss
 from trainer.tasks.text import TextTokenizer, check_overlong, num_labels, pad_rows, text_at
 
@@ -184,24 +184,22 @@ class SpeechRecognition:
         model: Any,
         samples: Sequence[Encoded],
         all_finished: AllFinished | None = None,
-        beam_size: int | None = None,
-        max_length: int | None = None,
+        how: Decoding = AS_SET,
     ) -> list[str]:
         """See `trainer.tasks.GeneratesText`; at most 10 tokens more than 25 a second of the recording."""
-        from trainer.decoding import BeamOptions, beam_search
+        from trainer import decoding
 
         device = next(model.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in self._collate_features(samples).items()}
-        options = BeamOptions(
-            beam_size=beam_size or self._beam_size,
-            max_length=max_length or self.max_length,
-            max_length_ratio=_MAX_TOKENS_PER_FRAME if max_length is None else None,
+        beams = decoding.BeamOptions(
+            beam_size=how.beam_size or self._beam_size,
+            max_length=how.max_length or self.max_length,
+            max_length_ratio=_MAX_TOKENS_PER_FRAME if how.max_length is None else None,
             length_penalty=self._length_penalty,
         )
         tokenizer = self._tokenizer
-        ids = beam_search(
-            model, batch, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, options, all_finished=all_finished
-        )
+        special = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+        ids = decoding.write(model, batch, special, decoding.chosen(how, beams), how.seed, all_finished)
         return [text.strip() for text in tokenizer.decode_batch(ids)]
 
     def source_and_reference(self, record: Record) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trainer.errors import ConfigError
-from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Encoded, LossSums, Record
+from trainer.tasks import AS_SET, IGNORE, AllFinished, BadRecord, Batch, Decoding, Encoded, LossSums, Record
 from trainer.tasks.loss import check_loss, token_loss
 from trainer.tasks.text import (
     TextTokenizer,
@@ -216,24 +216,22 @@ class TextToText(SourceToTarget):
         model: Any,
         samples: Sequence[Encoded],
         all_finished: AllFinished | None = None,
-        beam_size: int | None = None,
-        max_length: int | None = None,
+        how: Decoding = AS_SET,
     ) -> list[str]:
         """The best hypothesis of the beam search for each sample's source."""
-        from trainer.decoding import BeamOptions, beam_search
+        from trainer import decoding
 
         device = next(model.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in self._collate_sources(samples).items()}
-        options = BeamOptions(
-            beam_size=beam_size or self._beam_size,
-            max_length=max_length or self._max_target_length,
-            max_length_ratio=self.max_length_ratio if max_length is None else None,
+        beams = decoding.BeamOptions(
+            beam_size=how.beam_size or self._beam_size,
+            max_length=how.max_length or self._max_target_length,
+            max_length_ratio=self.max_length_ratio if how.max_length is None else None,
             length_penalty=self._length_penalty,
         )
         tokenizer = self._tokenizer
-        ids = beam_search(
-            model, batch, self.start_id, tokenizer.eos_id, tokenizer.pad_id, options, all_finished=all_finished
-        )
+        special = self.start_id, tokenizer.eos_id, tokenizer.pad_id
+        ids = decoding.write(model, batch, special, decoding.chosen(how, beams), how.seed, all_finished)
         return [text.strip() for text in tokenizer.decode_batch(ids)]
 
     def source_and_reference(self, record: Record) -> tuple[str, str]:
