@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.errors import ConfigError
@@ -15,7 +16,8 @@ At a given number of parameters the loss hardly depends on it: 6 layers of 4288 
 (Kaplan et al. 2020, 3.1)."""
 
 UNIT = 64
-"""What d_ff is a multiple of, and the size of a head in models narrower than `WIDE`; wider ones have heads of 128."""
+"""What d_ff is a multiple of, and the size of a head in models narrower than `WIDE`; wider ones have heads of 128, in
+eights, so that tensor parallelism can split them."""
 
 WIDE = 2048
 
@@ -28,62 +30,55 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     d_ff: int
-    num_layers: int
+    num_layers: int = 1
 
     def parameters(self, vocab_size: int, tie_embeddings: bool) -> int:
         """How many a Decoder of this shape has."""
-        return self.num_layers * self._of_layer(self.d_ff) + _outside(self.d_model, vocab_size, tie_embeddings)
+        return self.num_layers * self.of_layer() + self.outside(vocab_size, tie_embeddings)
 
-    def _of_layer(self, d_ff: int) -> int:
-        heads = 2 * self.num_heads + 2 * self.num_kv_heads
-        return self.d_model * (self.d_model // self.num_heads * heads + 3 * d_ff + 2)
+    def of_layer(self) -> int:
+        """Parameters of one layer."""
+        rows = self.d_model // self.num_heads * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return self.d_model * (rows + 3 * self.d_ff + 2)
 
-    def fitted(self, parameters: float, vocab_size: int, tie_embeddings: bool) -> Shape:
-        """This one with the d_ff that comes nearest to `parameters`."""
-        left = parameters - _outside(self.d_model, vocab_size, tie_embeddings) - self.num_layers * self._of_layer(0)
-        units = max(round(left / (3 * self.d_model * self.num_layers * UNIT)), 1)
-        return Shape(self.d_model, self.num_heads, self.num_kv_heads, units * UNIT, self.num_layers)
-
-
-def _outside(d_model: int, vocab_size: int, tie_embeddings: bool) -> int:
-    """Parameters outside the layers."""
-    return d_model * (vocab_size * (1 if tie_embeddings else 2) + 1)
+    def outside(self, vocab_size: int, tie_embeddings: bool) -> int:
+        """Parameters outside the layers."""
+        return self.d_model * (vocab_size * (1 if tie_embeddings else 2) + 1)
 
 
 def scaled_shape(parameters: float, vocab_size: int, tie_embeddings: bool = False, group_size: int = 1) -> Shape:
-    """The shape whose number of parameters, all counted, is nearest to `parameters`.
+    """The shape of about so many parameters, all counted.
 
-    Of the widths whose depth is d_model / `ASPECT` and whose d_ff is 8/3 d_model (Shazeer 2020), that with the nearest
-    number is taken; then d_ff makes up for the difference. group_size: query heads that share keys and values; d_model
-    comes in whole groups of heads, so that large groups leave more to d_ff.
-    Raises ConfigError for fewer parameters than the smallest has.
+    Of all widths, with d_ff = 8/3 d_model (Shazeer 2020) and as many layers as come nearest to `parameters`, the one
+    whose d_model per layer is nearest to `ASPECT`; d_ff then makes up for the rounding. group_size: query heads that
+    share keys and values; d_model comes in whole groups of heads. Raises ConfigError for fewer parameters than the
+    narrowest layer and its vocabulary have.
     """
-    shape = best = _proportioned(1, group_size)
-    least = best.fitted(0, vocab_size, tie_embeddings).parameters(vocab_size, tie_embeddings)
-    if parameters < least:
+    narrowest = _layer_of_width(UNIT, group_size)
+    if parameters < (least := narrowest.parameters(vocab_size, tie_embeddings)):
         raise ConfigError(
             f"model.parameters={parameters:g} is fewer than the {least:,} of the smallest decoder with"
             f" model.vocab_size={vocab_size}; use more, a smaller vocabulary, or model.tie_embeddings=true."
         )
-    while shape.parameters(vocab_size, tie_embeddings) < 2 * parameters:
-        shape = _proportioned(shape.d_model // UNIT + 1, group_size)
-        best = min(best, shape, key=lambda one: abs(one.parameters(vocab_size, tie_embeddings) - parameters))
-    return best.fitted(parameters, vocab_size, tie_embeddings)
+    shapes: list[Shape] = []
+    shape, depth = narrowest, math.inf
+    while depth * ASPECT > shape.d_model:
+        shape = _layer_of_width(shape.d_model + UNIT if shapes else UNIT, group_size)
+        depth = (parameters - shape.outside(vocab_size, tie_embeddings)) / shape.of_layer()
+        if depth >= 0.5:
+            shapes.append(replace(shape, num_layers=max(round(depth), 1)))
+    best = min(shapes, key=lambda one: abs(math.log(one.d_model / one.num_layers / ASPECT)))
+    left = parameters - best.parameters(vocab_size, tie_embeddings)
+    more = round(left / (3 * best.d_model * best.num_layers * UNIT))
+    return replace(best, d_ff=best.d_ff + more * UNIT)
 
 
-def _proportioned(units: int, group_size: int) -> Shape:
-    """The narrowest shape of at least `units` x 64 whose heads come in whole groups."""
-    d_model = units * UNIT
-    head_dim = UNIT if d_model < WIDE else 2 * UNIT
-    heads = -(-d_model // (head_dim * group_size)) * group_size
+def _layer_of_width(d_model: int, group_size: int) -> Shape:
+    """One layer at least so wide, whose heads come in whole groups."""
+    head_dim, together = (UNIT, group_size) if d_model < WIDE else (2 * UNIT, math.lcm(group_size, 8))
+    heads = math.ceil(d_model / (head_dim * together)) * together
     d_model = heads * head_dim
-    return Shape(
-        d_model=d_model,
-        num_heads=heads,
-        num_kv_heads=heads // group_size,
-        d_ff=max(round(8 / 3 * d_model / UNIT), 1) * UNIT,
-        num_layers=max(round(d_model / ASPECT), 1),
-    )
+    return Shape(d_model, heads, heads // group_size, d_ff=max(round(8 / 3 * d_model / UNIT), 1) * UNIT)
 
 
 class ScaledDecoder(Decoder):
