@@ -17,7 +17,7 @@ At a given number of parameters the loss hardly depends on it: 6 layers of 4288 
 
 UNIT = 64
 """What d_ff is a multiple of, and the size of a head in models narrower than `WIDE`; wider ones have heads of 128, in
-eights, so that tensor parallelism can split them."""
+fours, so that tensor parallelism can split them."""
 
 WIDE = 2048
 
@@ -75,7 +75,7 @@ def scaled_shape(parameters: float, vocab_size: int, tie_embeddings: bool = Fals
 
 def _layer_of_width(d_model: int, group_size: int) -> Shape:
     """One layer at least so wide, whose heads come in whole groups."""
-    head_dim, together = (UNIT, group_size) if d_model < WIDE else (2 * UNIT, math.lcm(group_size, 8))
+    head_dim, together = (UNIT, group_size) if d_model < WIDE else (2 * UNIT, math.lcm(group_size, 4))
     heads = math.ceil(d_model / (head_dim * together)) * together
     d_model = heads * head_dim
     return Shape(d_model, heads, heads // group_size, d_ff=max(round(8 / 3 * d_model / UNIT), 1) * UNIT)
