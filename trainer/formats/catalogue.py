@@ -15,6 +15,7 @@ from trainer.models.decoder import Decoder
 from trainer.models.encoder import Encoder
 from trainer.models.encoder_decoder import EncoderDecoder
 from trainer.models.hf import HFModel
+from trainer.models.scaled_decoder import as_decoder
 from trainer.models.speech import SpeechToText
 from trainer.models.vit import ViT
 
@@ -34,6 +35,7 @@ def format_of(part: Mapping[str, Any], tokenizer: Tokenizer | None) -> Format:
 
     Raises ConfigError where there is none, with what stands in the way of the nearest.
     """
+    part = as_decoder(part)
     known = {model.__name__: model for model in _FAMILIES}
     name = part["_target_"].rpartition(".")[2]
     if name not in known:
