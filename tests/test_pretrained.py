@@ -96,6 +96,15 @@ def test_a_run_begins_with_the_loss_that_transformers_has(tmp_path: Path) -> Non
         expected = float(theirs(**batch_of_theirs()).loss)
     assert first_loss(tmp_path / "runs") == pytest.approx(expected, rel=1e-5)
 
+    part = part_of(theirs.config.to_dict())
+    shapes = {name: parameter.shape for name, parameter in build(part, "model").named_parameters()}
+    again = open_weights("run:run", str(tmp_path / "runs"), part, shapes, TOKENIZER).values("embedding.weight")
+    learnt = (again - theirs.model.shared.weight.detach().flatten()).abs().max()
+    assert 1e-4 < learnt < 1e-2  # what two steps of AdamW have changed
+    other = TrainedTokenizer(vocab_size=300).prepare(lambda: iter(["the light"] * 9))
+    with pytest.raises(ConfigError, match=r"runs/run/tokenizer\.json has another vocabulary"):
+        open_weights("run:run", str(tmp_path / "runs"), part, shapes, other)
+
 
 @pytest.mark.dist
 def test_zero3_begins_so_too_and_a_run_that_learns_nothing_exports_what_it_began_with(
