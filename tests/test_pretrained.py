@@ -194,6 +194,12 @@ def test_tensors_that_are_missing_too_many_or_of_another_shape_are_all_listed(fo
         assert part in str(caught.value)
 
 
+def test_the_bias_that_the_first_t5_have_saved_for_nothing_is_left_out(folder: Path) -> None:
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    save_file({**tensors_of(folder), name: torch.zeros(32, 4)}, folder / "model.safetensors")
+    opened(folder)
+
+
 def spoil(folder: Path, name: str, text: str | None) -> None:
     (folder / name).unlink(missing_ok=True)
     if text is not None:
@@ -229,15 +235,18 @@ def test_a_file_cut_short_is_named(folder: Path) -> None:
         opened(folder)
 
 
-def test_another_model_tokenizer_and_begin_are_told_at_once_with_their_cure(folder: Path) -> None:
+def test_another_model_tokenizer_and_begin_are_told_with_their_cure(folder: Path) -> None:
     TOKENIZER.save(folder / "tokenizer.json")
     run_tokenizer = TrainedTokenizer(vocab_size=300).prepare(lambda: iter(["the light"] * 9))
     with pytest.raises(ConfigError) as caught:
         opened(folder, model={"d_ff": 41, "bias": True}, tokenizer=run_tokenizer, start_id=1)
-    model, tokenizer, start = caught.value.problems
+    model, tokenizer = caught.value.problems
     assert model.endswith("set model.d_ff=40 model.bias=false.")
     assert "another vocabulary than the run's tokenizer (260 entries" in tokenizer
     assert tokenizer.endswith(f"tokenizer=file tokenizer.path={folder}/tokenizer.json tokenizer.vocab_size=61.")
+    with pytest.raises(ConfigError) as caught:
+        opened(folder, tokenizer=TOKENIZER, start_id=1)
+    (start,) = caught.value.problems
     assert start.endswith("(decoder_start_token_id=0), the task with <s>; set task.start_token='\"<pad>\"'.")
     opened(folder, tokenizer=TOKENIZER, start_id=0)
 

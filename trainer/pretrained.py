@@ -42,19 +42,17 @@ def open_weights(
     """What `init_from` names, checked against the parameters of the configuration's `model` before anything is read.
 
     tokenizer: the run's; start_id: what its task begins targets with, None = nothing of its own. Raises ConfigError for
-    a place that is none, a model that is another, a tokenizer of another vocabulary or another begin of targets, all at
-    once; CheckpointError for tensors that are missing, too many or of another shape: all of them are listed.
+    a place that is none, and, at once, a model that is another and a tokenizer of another vocabulary (or another begin
+    of targets); CheckpointError for tensors that are missing, too many or of another shape: all of them are listed.
     """
     kind, _, place = init_from.partition(":")
     if kind == "hf" and place:
         folder = _folder(place)
         theirs = _part_of(folder)
-        problems = [
-            *_model_problems(folder, theirs, model),
-            *_tokenizer_problems(folder, tokenizer, theirs.get("vocab_size")),
-            *_start_problems(folder, tokenizer, start_id),
-        ]
-        if problems:
+        ids = _tokenizer_problems(folder, tokenizer, theirs.get("vocab_size")) or _start_problems(
+            folder, tokenizer, start_id
+        )
+        if problems := [*_model_problems(folder, theirs, model), *ids]:
             raise ConfigError(*problems)
         return _HubWeights(folder, model, shapes)
     if kind == "run" and place:
