@@ -39,6 +39,7 @@ NEEDED = {
     ("engine", "zero3_nvme"): ["engine.nvme_path=/tmp"],
     ("data", "files"): ["data.path=train.jsonl"],
     ("model", "cnn"): ["task=classification"],
+    ("model", "hf"): ["model.path=folder", "model.kind=seq2seq"],
     ("model", "mlp"): ["task=classification"],
     ("tokenizer", "file"): ["tokenizer.path=tokenizer.json", "tokenizer.vocab_size=100"],
     ("tokenizer", "none"): ["model=mlp", "task=classification"],

@@ -161,6 +161,17 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Differentially private training (DP-SGD); None: off."""
+
+    noise_multiplier: float | None = None  # deviation of the noise / clip_norm
+    clip_norm: float = 1.0  # of each sample's gradient
+    num_samples: int | None = None  # of the train split: the budget depends on how often each is seen
+    delta: float = 1e-5  # probability that the promise does not hold; well below 1 / num_samples
+    max_epsilon: float | None = None  # a run that would spend more is refused
+
+
+@dataclass(frozen=True)
 class DebugConfig:
     """Switches for people who look for a fault."""
 
@@ -188,6 +199,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     allow_targets: list[str] = field(default_factory=list)  # prefixes of your own code that `_target_` may name
     model: dict[str, Any] = MISSING

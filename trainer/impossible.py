@@ -14,7 +14,8 @@ _LEAST = {
     **dict.fromkeys(("batch.global_size", "batch.micro_size", "batch.micro_tokens"), 1),
 }
 _TIME_OUTS = ("guard.start_seconds", "guard.step_seconds")
-_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes", "checkpoint.minutes", *_TIME_OUTS)
+_PRIVACY = ("privacy.noise_multiplier", "privacy.clip_norm", "privacy.max_epsilon")
+_ABOVE_ZERO = ("clip_norm", "stop.epochs", "stop.minutes", "checkpoint.minutes", *_TIME_OUTS, *_PRIVACY)
 
 
 def is_run_name(name: str) -> bool:
@@ -43,12 +44,43 @@ def impossible(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"engine.stage={stage} does not go with engine.kind={kind}; choose engine=plain, zero1, zero2 or zero3."
         )
-    problems += _of_memory(values, stage)
+    problems += _of_memory(values, stage) + _of_privacy(values)
     if values.get("schedule.unit") == "tokens" and values.get("stop.tokens") is None:
         problems.append("schedule.unit=tokens needs the number of tokens at the run's end; set stop.tokens.")
     if values.get("stop.patience") is not None and values.get("eval.every") == 0:
         problems.append(
             f"stop.patience={values['stop.patience']} counts evaluations, and eval.every=0 makes none; set eval.every."
+        )
+    return problems
+
+
+def _of_privacy(values: Mapping[str, Any]) -> list[str]:
+    """Of private training, which needs the gradient of every sample for itself."""
+    noise, samples = values.get("privacy.noise_multiplier"), values.get("privacy.num_samples")
+    if noise is None:
+        return []
+    problems = []
+    if samples is None or samples < 1:
+        problems.append("privacy.num_samples has no value; set it to the number of samples of the train split.")
+    elif not 0 < values["privacy.delta"] < 1 / samples:
+        problems.append(
+            f"privacy.delta={values['privacy.delta']:g} is not below 1 / privacy.num_samples: it would allow to give a"
+            f" sample away; use {0.1 / samples:.0e} or less."
+        )
+    if values.get("engine.kind") == "zero":
+        problems.append(
+            "privacy.noise_multiplier: ZeRO sums the gradients of samples while they are made, before each could be"
+            " clipped; use engine=plain."
+        )
+    for key in ("engine.sequence_parallel", "engine.tensor_parallel"):
+        if values.get(key, 1) > 1:
+            problems.append(
+                f"privacy.noise_multiplier: with {key}={values[key]} no rank has a sample's gradient; set 1."
+            )
+    if values.get("data.batching") == "packed":
+        problems.append(
+            "privacy.noise_multiplier: data.batching=packed puts several samples into a row, which cannot be clipped"
+            " one by one; use data.batching=bucketed."
         )
     return problems
 

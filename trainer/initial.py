@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trainer.engine.base import BuildModel, Engine
+from trainer.errors import CheckpointError
 from trainer.pretrained import Weights
 
 
@@ -34,6 +35,24 @@ def initialise(engine: Engine, build_model: BuildModel, seed: int, weights: Weig
             values = _fill(twin, current, generator, seed) if given is None else given
         fragment.fill(values)
     engine.after_load(engine.scalars())
+
+
+def fill_frozen(engine: Engine, weights: Weights) -> None:
+    """Write the parameters that are not trained. Raises CheckpointError for one that `weights` does not have."""
+    current, values = "", torch.empty(0)
+    for fragment in engine.frozen():
+        if fragment.parameter != current:
+            current, values = fragment.parameter, frozen_values(weights, fragment.parameter)
+        fragment.fill(values)
+    engine.after_load(engine.scalars())
+
+
+def frozen_values(weights: Weights, name: str) -> torch.Tensor:
+    """The values of a parameter that is not trained, which must be there."""
+    values = weights.values(name)
+    if values is None:
+        raise CheckpointError(f"{name} is not trained, and the weights to begin with do not have it.")
+    return values
 
 
 def _fill(twin: Any, name: str, generator: torch.Generator, seed: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer import distributed, garbage
+from trainer import distributed, garbage, privacy
 from trainer.checkpoint.save import Checkpointer
 from trainer.config import Config
 from trainer.data.corpus import Corpus
@@ -345,7 +345,7 @@ def _evaluate(training: Training, state: TrainState, lanes: Mapping[int, Any]) -
         training.directory.path,
         state.step,
     )
-    training.sinks.log_evaluation(state.step, evaluation)
+    training.sinks.log_evaluation(state.step, {**evaluation, **privacy.metrics(config, state.step)})
     metric, direction = training.task.headline()
     state = state.evaluated(evaluation[metric], direction)
     if state.best_step == state.step:

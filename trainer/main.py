@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer import distributed, garbage
+from trainer import distributed, garbage, privacy
 from trainer.build import build, check_parts
 from trainer.checkpoint.copies import begin, make_copier
 from trainer.checkpoint.load import load, set_aside
@@ -25,7 +25,7 @@ from trainer.evaluate import Evaluation, evaluate
 from trainer.guards import watchdog
 from trainer.guards.signals import StopRequest, listening
 from trainer.host import keep_freed_memory, return_freed_memory
-from trainer.initial import initialise
+from trainer.initial import fill_frozen, initialise
 from trainer.logs import run_log
 from trainer.loop import Outcome, Training, blank_of, fit
 from trainer.metrics import RunInfo
@@ -35,7 +35,7 @@ from trainer.parallel.layout import make_layout
 from trainer.parallel.split import check_split
 from trainer.parts import check_evaluation, check_fit, make_corpus, make_engine, make_task, make_tokenizer
 from trainer.plan import make_plan
-from trainer.pretrained import open_weights
+from trainer.pretrained import first_weights
 from trainer.run_directory import RunDirectory
 from trainer.schedule import Schedule
 from trainer.state import TrainState
@@ -45,6 +45,7 @@ from trainer.summary import count_parameters, dry_run, summarise, total_progress
 def run(config: Config, overrides: Sequence[str]) -> int:
     """Train, evaluate and save one run; returns the exit code. Raises the errors of `trainer.errors`."""
     check_parts(config)
+    privacy.check_budget(config)
     if config.dry_run:
         print(dry_run(config))
         return 0
@@ -101,11 +102,9 @@ def assemble(
         twin = build_model()
     check_fit(config, task, twin, tokenizer)
     check_split(build_model, plan)
-    weights = None
-    if config.init_from is not None and checkpoint is None:
-        shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
-        start_id = getattr(task, "start_id", None)
-        weights = open_weights(config.init_from, config.runs_dir, config.model, shapes, tokenizer, start_id)
+    frozen = any(not parameter.requires_grad for parameter in twin.parameters())
+    start_id = getattr(task, "start_id", None)
+    weights = first_weights(config, twin, tokenizer, start_id) if checkpoint is None or frozen else None
     stream = Stream(corpus, config.seed, config.batch.global_size, config.stop.epochs)
     layout = make_layout(plan.sequence_parallel, plan.tensor_parallel)
     dealers = make_dealers(stream, layout.data_rank, layout.data)
@@ -125,6 +124,8 @@ def assemble(
         state, lanes = checkpoint.state, dict(checkpoint.lanes)
         loader.load_lane_states(lanes)
         distributed.on_rank_zero(lambda: set_aside(directory.checkpoints, state.step))
+    if frozen and weights is not None:
+        fill_frozen(engine, weights)
 
     sinks = SafeSinks([])
     if distributed.rank() == 0:
@@ -160,4 +161,5 @@ def evaluate_finally(training: Training, state: TrainState, again: bool) -> None
     watchdog.section("evaluate", state.step)
     final = Evaluation(split, None, training.plan, generate=True, final=True)
     metrics = evaluate(training.engine, training.task, training.corpus, final, directory.path, state.step)
-    training.sinks.log_evaluation(state.step, {"split": split, **metrics})
+    spent = privacy.metrics(config, state.step)
+    training.sinks.log_evaluation(state.step, {"split": split, **metrics, **spent})

@@ -3,7 +3,7 @@ other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.engine.base import BuildModel, Engine
 from trainer.engine.ds_config import make_ds_config
 from trainer.engine.plain import PlainEngine
+from trainer.engine.private import PrivateEngine
 from trainer.engine.recompute import lighten, stacked_layers
 from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluate import check_enough_samples
@@ -205,7 +206,15 @@ def make_engine(config: Config, plan: RunPlan, build_model: BuildModel, layout: 
             slices,
             plan.nvme_path,
         )
-    return PlainEngine(
+    make: Callable[..., Engine] = PlainEngine
+    if config.privacy.noise_multiplier is not None:
+        make = partial(
+            PrivateEngine,
+            noise_multiplier=config.privacy.noise_multiplier,
+            sample_norm=config.privacy.clip_norm,
+            global_size=config.batch.global_size,
+        )
+    return make(
         build_light(),
         lambda named: build_optimizer(config.optimizer, named),
         dtype,

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.checkpoint.load import Reader, find
+from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import CheckpointError, ConfigError
 from trainer.formats import Tensor
@@ -29,6 +30,18 @@ class Weights(Protocol):
 
     def values(self, name: str) -> torch.Tensor | None:
         """The flattened values of the parameter, fp32; None where it has to begin anew."""
+
+
+def first_weights(
+    config: Config, twin: torch.nn.Module, tokenizer: Tokenizer | None = None, start_id: int | None = None
+) -> Weights | None:
+    """The weights that a run begins with, if it does not begin at random: those of `init_from`, else those that the
+    model itself names (`HFModel`). twin: the model on the meta device. The rest, and what is raised: `open_weights`."""
+    init_from = config.init_from or getattr(twin, "init_from", None)
+    if init_from is None:
+        return None
+    shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
+    return open_weights(init_from, config.runs_dir, config.model, shapes, tokenizer, start_id)
 
 
 def open_weights(
@@ -48,11 +61,12 @@ def open_weights(
     kind, _, place = init_from.partition(":")
     if kind == "hf" and place:
         folder = _folder(place)
-        theirs = _part_of(folder)
-        ids = _tokenizer_problems(folder, tokenizer, theirs.get("vocab_size")) or _start_problems(
-            folder, tokenizer, start_id
-        )
-        if problems := [*_model_problems(folder, theirs, model), *ids]:
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json, so nothing says which model its weights are of.")
+        problems = [] if model["_target_"].endswith(".HFModel") else _model_problems(folder, model)  # is the folder's
+        size = _json(folder / "config.json").get("vocab_size")
+        problems += _tokenizer_problems(folder, tokenizer, size) or _start_problems(folder, tokenizer, start_id)
+        if problems:
             raise ConfigError(*problems)
         return _HubWeights(folder, model, shapes)
     if kind == "run" and place:
@@ -141,8 +155,8 @@ class _HubWeights:
 
     def values(self, name: str) -> torch.Tensor | None:
         """See `Weights`."""
-        parts = []
-        for one in self._pieces[name]:
+        parts: list[torch.Tensor] = []
+        for one in self._pieces.get(name, ()):  # adapters are in no folder
             theirs = self._name(one)
             if theirs is None:  # checked: a parameter that may begin anew
                 return None
@@ -150,7 +164,7 @@ class _HubWeights:
                 value = file.get_tensor(theirs).float()
             value = value[0] if one.as_row else value.t() if one.transposed else value
             parts.append(value[one.skip :])
-        return torch.cat(parts).flatten()
+        return torch.cat(parts).flatten() if parts else None
 
 
 def _their_shape(one: Tensor, whole: torch.Size) -> list[int]:
@@ -196,20 +210,16 @@ _FREE_TO_CHOOSE = re.compile(r"dropout|init_std|max_positions|num_classes|head$"
 """Arguments of a model that do not belong to its weights."""
 
 
-def _part_of(folder: Path) -> dict[str, Any]:
-    """The configuration's model part for the folder's config.json. Raises CheckpointError without a whole one,
-    ConfigError for a model that ours cannot be."""
+def _model_problems(folder: Path, model: Mapping[str, Any]) -> list[str]:
+    """Where the configuration's model is another than the folder's: the words that would make it the same.
+
+    Raises CheckpointError for a config.json that does not say all, ConfigError for a model that ours cannot be.
+    """
     path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json, so nothing says which model its weights are of.")
     try:
-        return part_of(_json(path))
+        theirs = part_of(_json(path))
     except KeyError as error:
         raise CheckpointError(f"{path} does not say {error.args[0]}, which its model_type needs.") from error
-
-
-def _model_problems(folder: Path, theirs: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    """Where the configuration's model is another than the folder's: the words that would make it the same."""
     differing = {
         key: value
         for key, value in theirs.items()
@@ -240,10 +250,12 @@ def _tokenizer_problems(folder: Path, tokenizer: Tokenizer | None, vocab_size: i
 
 
 def _start_problems(folder: Path, tokenizer: Tokenizer | None, start_id: int | None) -> list[str]:
-    """Where the run begins targets with another token than the weights know."""
+    """Where the run begins targets with another token than the weights know; told by the tokenizer they share."""
+    if tokenizer is None or start_id is None or not (folder / "tokenizer.json").is_file():
+        return []
     files = [_json(path) for name in ("generation_config.json", "config.json") if (path := folder / name).is_file()]
     told = next((value for file in files if (value := file.get("decoder_start_token_id")) is not None), None)
-    if tokenizer is None or start_id is None or told in (None, start_id) or not isinstance(told, int):
+    if told == start_id or not isinstance(told, int):
         return []
     return [
         f"init_from: {folder} begins its targets with {tokenizer.token_of(told)} (decoder_start_token_id={told}),"

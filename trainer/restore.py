@@ -16,7 +16,9 @@ from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import CheckpointError, ConfigError
 from trainer.impossible import is_run_name
+from trainer.initial import frozen_values
 from trainer.parts import DTYPES, make_corpus, make_task
+from trainer.pretrained import first_weights
 from trainer.run_directory import RunDirectory
 from trainer.tasks import Task
 
@@ -66,13 +68,17 @@ def find_run(
 
 
 def load_model(run: FoundRun) -> torch.nn.Module:
-    """The model in fp32 with the weights of the checkpoint. Raises CheckpointError when they do not fit."""
+    """The model in fp32 with the weights of the checkpoint, and of what it was begun with where it is not trained.
+
+    Raises CheckpointError when they do not fit.
+    """
     model: torch.nn.Module = build(run.config.model, "model")
     parameters = dict(model.named_parameters())
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     folder = run.checkpoint.folder
     with Reader(run.checkpoint) as reader:
         saved = {name: shape for (name, state), shape in reader.shapes.items() if state == "master"}
-        missing = sorted(set(parameters) - set(saved))
+        missing = sorted(trained - set(saved))
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} parameters of the model: {', '.join(missing[:5])}.")
         wrong = sorted(name for name in saved if name not in parameters or parameters[name].shape != saved[name])
@@ -83,6 +89,9 @@ def load_model(run: FoundRun) -> torch.nn.Module:
             )
         for parameter, weights in reader.whole():
             parameters[parameter].data.copy_(weights)
+    if len(trained) < len(parameters) and (begun_with := first_weights(run.config, model)) is not None:
+        for name in parameters.keys() - trained:
+            parameters[name].data.copy_(frozen_values(begun_with, name).view(parameters[name].shape))
     return model
 
 

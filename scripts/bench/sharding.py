@@ -253,8 +253,9 @@ def shards_and_traffic(build_engine: Any, build_model: Any, world_size: int) -> 
 
 
 def host_memory(build_engine: Any, build_model: Any, folder: Path, baseline: int, share: float) -> dict[str, Any]:
-    """Peak resident bytes above `baseline` of building, saving in both ways and loading; `share`: parameters of a
-    rank."""
+    """Peak resident bytes above `baseline` of building, saving, loading, and of a step without and with a save in the
+    background; `share`: parameters of a rank."""
+    from trainer import distributed
     from trainer.checkpoint.load import load, newest
     from trainer.checkpoint.save import Checkpointer
     from trainer.config import CheckpointConfig
@@ -270,25 +271,36 @@ def host_memory(build_engine: Any, build_model: Any, folder: Path, baseline: int
         return_freed_memory()
         forget_peak()
 
-    def save(step: int, asynchronous: bool) -> None:
-        policy = CheckpointConfig(keep=1, asynchronous=asynchronous)
-        checkpointer = Checkpointer(folder, engine, {}, policy, lambda *_: None)
-        checkpointer.save(TrainState(step=step), {})
-        checkpointer.require()
+    def checkpointer(asynchronous: bool) -> Checkpointer:
+        return Checkpointer(folder, engine, {}, CheckpointConfig(keep=1, asynchronous=asynchronous), lambda *_: None)
+
+    def train(saving: Checkpointer | None = None) -> None:
+        if saving is not None:
+            saving.save(TrainState(step=2), {})
+        step(engine, distributed.rank())
+        if saving is not None:
+            saving.settle()
+        engine.step(1e-4)
+        if saving is not None:
+            saving.require()
 
     forget_peak()
     engine = build_engine()
     return_freed_memory()
     initialise(engine, build_model, seed=0)
     note("build")
-    save(1, asynchronous=False)
+    blocking = checkpointer(asynchronous=False)
+    blocking.save(TrainState(step=1), {})
+    blocking.require()
     note("save")
     checkpoint = newest(folder)
     assert checkpoint is not None
     load(checkpoint, engine)
     note("load")
-    save(2, asynchronous=True)
-    note("save in the background")
+    train()
+    note("step")
+    train(checkpointer(asynchronous=True))
+    note("step with a save in the background")
     return {"peaks": peaks, "needed": 18 * share}
 
 

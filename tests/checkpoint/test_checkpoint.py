@@ -227,12 +227,13 @@ class TwoMatrices(OneMatrix):
 def test_what_a_slow_disk_has_not_taken_when_the_update_comes_is_copied(tmp_path, monkeypatch):
     engine = TwoMatrices(torch.full((4, 3), 1.0))
     checkpointer, _ = checkpointer_of(tmp_path, engine)
-    copied = {}
+    copied, begun = {}, threading.Event()
 
     def slow(path, sizes, pieces, metadata):
         def taken():
             for key, tensor in pieces:
                 copied[key] = tensor.data_ptr() != engine.value.data_ptr()
+                begun.set()
                 yield key, tensor
                 assert checkpointer._awaited.wait(30)
 
@@ -240,6 +241,7 @@ def test_what_a_slow_disk_has_not_taken_when_the_update_comes_is_copied(tmp_path
 
     monkeypatch.setattr("trainer.checkpoint.save.write_pieces", slow)
     checkpointer.save(TrainState(step=1), {})
+    assert begun.wait(30)
     checkpointer.settle()
     engine.value.fill_(2.0)
     checkpointer.require()

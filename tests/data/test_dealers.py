@@ -53,6 +53,15 @@ def test_what_breaks_in_a_worker_is_told() -> None:
     assert isinstance(failure, RuntimeError) and "the task broke" in str(failure)
 
 
+def test_a_loader_closed_while_its_workers_start_leaves_none() -> None:
+    """As by a run that was finished already."""
+    for _ in range(5):
+        loader = loader_of(data_with(2))
+        iter(loader)
+        loader.close()
+        assert not children()
+
+
 def test_a_worker_that_dies_is_named() -> None:
     loader = loader_of(data_with(1))
     steps = iter(loader)

@@ -202,6 +202,7 @@ class Checkpointer:
         sizes = {key: tensor.numel() for key, tensor in snapshot.tensors.items()}
         try:
             if self.checkpoint.asynchronous:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
                 pieces = self._pieces(dict(snapshot.tensors))
             else:
                 pieces = ((key, fragment.tensor) for key, fragment in _saved(self._engine))
@@ -223,7 +224,6 @@ class Checkpointer:
                 yield key, left.pop(key)
             left = {key: _copy(tensor) for key, tensor in left.items()}
         self._copied.set()
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while left:
             key = next(iter(left))
             yield key, left.pop(key)

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import multiprocessing.util
 import signal
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,15 +147,21 @@ class WorkerDealer:
         self._arguments = stream, index, count
         self._states: Mapping[int, Mapping[str, Any]] | None = None
         self._process: multiprocessing.process.BaseProcess | None = None
+        self._closed = False
+        self._starting = threading.Lock()
+        """A run that ends at once closes in one thread what another is about to start."""
 
     def load_lane_states(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         """See `Dealer`."""
         self._states = dict(states)
 
     def deal(self) -> Dealt:
-        """See `Dealer`. Raises DataError where the process has died."""
-        if self._process is None:
-            self._start()
+        """See `Dealer`. Raises DataError where the process has died or was ended."""
+        with self._starting:
+            if self._closed:
+                raise DataError("data.workers: the worker was ended.")
+            if self._process is None:
+                self._start()
         try:
             self._connection.send(None)  # one more may be prepared
             dealt = self._connection.recv()
@@ -188,6 +195,8 @@ class WorkerDealer:
 
     def close(self) -> None:
         """End the process."""
+        with self._starting:
+            self._closed = True
         if self._process is not None:
             self._connection.close()
             self._process.kill()

@@ -84,6 +84,10 @@ class Engine(Protocol):
         memory only until the next one is asked for.
         """
 
+    def frozen(self) -> Iterator[Fragment]:
+        """This rank's pieces of the parameters that are not trained, in the precision of the model; no checkpoint has
+        them, and `after_load` follows whatever is written into them."""
+
     def scalars(self) -> dict[str, float]:
         """What else must be kept, equal on all ranks: the optimizer's own step count, the loss scale."""
 

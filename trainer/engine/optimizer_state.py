@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import numpy
 import torch
 
+from trainer.engine.base import Fragment
+
 
 def passes(norm: float, max_norm: float) -> bool:
     """Whether a gradient of this norm may update the parameters."""
@@ -69,6 +71,13 @@ def tensor_states(state: Mapping[str, object]) -> Iterator[tuple[str, torch.Tens
     for key, value in sorted(state.items()):
         if key != "step" and isinstance(value, torch.Tensor):
             yield key, value
+
+
+def frozen_whole(model: torch.nn.Module) -> Iterator[Fragment]:
+    """The parameters that are not trained, where every rank has them whole."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield Fragment(name, "frozen", 0, tuple(parameter.shape), parameter.data.view(-1), saved=False)
 
 
 @contextmanager

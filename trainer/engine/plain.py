@@ -19,6 +19,7 @@ from trainer import distributed
 from trainer.engine.base import Fragment
 from trainer.engine.optimizer_state import (
     evaluation_mode,
+    frozen_whole,
     get_step,
     materialise_state,
     passes,
@@ -143,6 +144,10 @@ class PlainEngine:
                     name in self._slices
                 )
                 yield from of_whole(Fragment(name, key, 0, tuple(state.shape), state.view(-1), saved=own), self._slices)
+
+    def frozen(self) -> Iterator[Fragment]:
+        """See the contract."""
+        return frozen_whole(self.module)
 
     def scalars(self) -> dict[str, float]:
         """See the contract."""

@@ -21,7 +21,15 @@ import torch
 from trainer import distributed
 from trainer.engine import nvme
 from trainer.engine.base import BuildModel, Fragment
-from trainer.engine.optimizer_state import evaluation_mode, get_step, materialise_state, passes, set_step, tensor_states
+from trainer.engine.optimizer_state import (
+    evaluation_mode,
+    frozen_whole,
+    get_step,
+    materialise_state,
+    passes,
+    set_step,
+    tensor_states,
+)
 from trainer.engine.plain import BuildOptimizer
 from trainer.errors import SetupError
 from trainer.optim import set_learning_rate
@@ -238,6 +246,19 @@ class ZeroEngine:
                         view = flat.detach().narrow(0, piece.offset, piece.numel)
                         fragment = Fragment(piece.parameter, key, piece.start, piece.shape, view, saved=own)
                         yield from of_whole(fragment, self._slices)
+
+    def frozen(self) -> Iterator[Fragment]:
+        """See the contract."""
+        if self.stage < 3:
+            yield from frozen_whole(self.module)
+            return
+        parameter: Any
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                start = self._layout.shard_rank * parameter.ds_tensor.ds_numel
+                numel = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
+                view = parameter.ds_tensor.data.narrow(0, 0, numel)
+                yield Fragment(name, "frozen", start, tuple(parameter.ds_shape), view, saved=False)
 
     def scalars(self) -> dict[str, float]:
         """See the contract."""

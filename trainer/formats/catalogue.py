@@ -10,11 +10,12 @@ from typing import Any
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.formats import Format, bart, llama, t5
+from trainer.formats import Format, bart, hf, llama, t5
 from trainer.models.decoder import Decoder
 from trainer.models.encoder_decoder import EncoderDecoder
+from trainer.models.hf import HFModel
 
-_FAMILIES: dict[type, tuple[ModuleType, ...]] = {Decoder: (llama,), EncoderDecoder: (t5, bart)}
+_FAMILIES: dict[type, tuple[ModuleType, ...]] = {Decoder: (llama,), EncoderDecoder: (t5, bart), HFModel: (hf,)}
 """For each model of ours, the families that it can be, the usual ones first."""
 
 

@@ -1,0 +1,46 @@
+"""A model of transformers (`HFModel`): its tensors have the names that it gives them, adapters left aside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trainer.formats import Format, Tensor
+from trainer.models.hf import HFModel
+
+MODEL_TYPES = ()
+_HEADS = r"^(cls|lm_head|qa_outputs|classifier|pre_classifier|score)\."
+"""Where other heads than a classifier's have their tensors."""
+
+
+def obstacles(given: Mapping[str, Any]) -> list[str]:
+    """None: see `trainer.formats`."""
+    return []
+
+
+def describe(given: Mapping[str, Any]) -> Format:
+    """See `trainer.formats`."""
+    with torch.device("meta"):
+        model = HFModel(**given)
+    theirs = model.theirs
+    classifies = model.kind.endswith("classification")
+    tensors = [Tensor(their_name(name), name) for name, _ in model.named_parameters() if ".lora_" not in name]
+    prefix = f"{theirs.base_model_prefix}." if theirs.base_model_prefix else ""
+    buffers = [rf"{re.escape(name)}$" for name, _ in theirs.named_buffers()]
+    return Format(
+        type(theirs).__name__,
+        {**theirs.config.to_diff_dict(), "model_type": theirs.config.model_type},
+        tensors,
+        prefix,
+        twins={name: same for name, same in theirs.all_tied_weights_keys.items() if name != same},
+        ignored=[*buffers, *(theirs._keys_to_ignore_on_load_unexpected or ()), *([_HEADS] if classifies else ())],
+        fresh=[one.ours for one in tensors if classifies and not one.theirs.startswith(prefix)],
+    )
+
+
+def their_name(name: str) -> str:
+    """What transformers calls a parameter of `HFModel`."""
+    return name.removeprefix("model.").removeprefix("base_model.model.").replace(".base_layer.", ".")
