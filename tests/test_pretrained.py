@@ -96,6 +96,15 @@ def test_a_run_begins_with_the_loss_that_transformers_has(tmp_path: Path) -> Non
         expected = float(theirs(**batch_of_theirs()).loss)
     assert first_loss(tmp_path / "runs") == pytest.approx(expected, rel=1e-5)
 
+    part = part_of(theirs.config.to_dict())
+    shapes = {name: parameter.shape for name, parameter in build(part, "model").named_parameters()}
+    again = open_weights("run:run", str(tmp_path / "runs"), part, shapes, TOKENIZER).values("embedding.weight")
+    learnt = (again - theirs.model.shared.weight.detach().flatten()).abs().max()
+    assert 1e-4 < learnt < 1e-2  # what two steps of AdamW have changed
+    other = TrainedTokenizer(vocab_size=300).prepare(lambda: iter(["the light"] * 9))
+    with pytest.raises(ConfigError, match=r"runs/run/tokenizer\.json has another vocabulary"):
+        open_weights("run:run", str(tmp_path / "runs"), part, shapes, other)
+
 
 @pytest.mark.dist
 def test_zero3_begins_so_too_and_a_run_that_learns_nothing_exports_what_it_began_with(
@@ -185,6 +194,12 @@ def test_tensors_that_are_missing_too_many_or_of_another_shape_are_all_listed(fo
         assert part in str(caught.value)
 
 
+def test_the_bias_that_the_first_t5_have_saved_for_nothing_is_left_out(folder: Path) -> None:
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    save_file({**tensors_of(folder), name: torch.zeros(32, 4)}, folder / "model.safetensors")
+    opened(folder)
+
+
 def spoil(folder: Path, name: str, text: str | None) -> None:
     (folder / name).unlink(missing_ok=True)
     if text is not None:
@@ -220,15 +235,18 @@ def test_a_file_cut_short_is_named(folder: Path) -> None:
         opened(folder)
 
 
-def test_another_model_tokenizer_and_begin_are_told_at_once_with_their_cure(folder: Path) -> None:
+def test_another_model_tokenizer_and_begin_are_told_with_their_cure(folder: Path) -> None:
     TOKENIZER.save(folder / "tokenizer.json")
     run_tokenizer = TrainedTokenizer(vocab_size=300).prepare(lambda: iter(["the light"] * 9))
     with pytest.raises(ConfigError) as caught:
         opened(folder, model={"d_ff": 41, "bias": True}, tokenizer=run_tokenizer, start_id=1)
-    model, tokenizer, start = caught.value.problems
+    model, tokenizer = caught.value.problems
     assert model.endswith("set model.d_ff=40 model.bias=false.")
     assert "another vocabulary than the run's tokenizer (260 entries" in tokenizer
     assert tokenizer.endswith(f"tokenizer=file tokenizer.path={folder}/tokenizer.json tokenizer.vocab_size=61.")
+    with pytest.raises(ConfigError) as caught:
+        opened(folder, tokenizer=TOKENIZER, start_id=1)
+    (start,) = caught.value.problems
     assert start.endswith("(decoder_start_token_id=0), the task with <s>; set task.start_token='\"<pad>\"'.")
     opened(folder, tokenizer=TOKENIZER, start_id=0)
 

@@ -35,8 +35,7 @@ def first_weights(
     config: Config, twin: torch.nn.Module, tokenizer: Tokenizer | None = None, start_id: int | None = None
 ) -> Weights | None:
     """The weights that a run begins with, if it does not begin at random: those of `init_from`, else those that the
-    model itself names (`HFModel`). twin: the model on the meta device; the others, and what is raised: see
-    `open_weights`."""
+    model itself names (`HFModel`). twin: the model on the meta device. The rest, and what is raised: `open_weights`."""
     init_from = config.init_from or getattr(twin, "init_from", None)
     if init_from is None:
         return None
@@ -55,19 +54,17 @@ def open_weights(
     """What `init_from` names, checked against the parameters of the configuration's `model` before anything is read.
 
     tokenizer: the run's; start_id: what its task begins targets with, None = nothing of its own. Raises ConfigError for
-    a place that is none, a model that is another, a tokenizer of another vocabulary or another begin of targets, all at
-    once; CheckpointError for tensors that are missing, too many or of another shape: all of them are listed.
+    a place that is none, and, at once, a model that is another and a tokenizer of another vocabulary (or another begin
+    of targets); CheckpointError for tensors that are missing, too many or of another shape: all of them are listed.
     """
     kind, _, place = init_from.partition(":")
     if kind == "hf" and place:
         folder = _folder(place)
-        # a model of transformers is whatever the folder says
-        theirs = {} if model["_target_"].endswith(".HFModel") else _part_of(folder)
-        problems = [
-            *_model_problems(folder, theirs, model),
-            *_tokenizer_problems(folder, tokenizer, theirs.get("vocab_size")),
-            *_start_problems(folder, tokenizer, start_id),
-        ]
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json, so nothing says which model its weights are of.")
+        problems = [] if model["_target_"].endswith(".HFModel") else _model_problems(folder, model)  # is the folder's
+        size = _json(folder / "config.json").get("vocab_size")
+        problems += _tokenizer_problems(folder, tokenizer, size) or _start_problems(folder, tokenizer, start_id)
         if problems:
             raise ConfigError(*problems)
         return _HubWeights(folder, model, shapes)
@@ -236,22 +233,18 @@ _FREE_TO_CHOOSE = re.compile(r"dropout|init_std|max_positions|num_classes|head$"
 """Arguments of a model that do not belong to its weights."""
 
 
-def _part_of(folder: Path) -> dict[str, Any]:
-    """The configuration's model part for the folder's config.json. Raises CheckpointError without a whole one,
-    ConfigError for a model that ours cannot be."""
+def _model_problems(folder: Path, model: Mapping[str, Any]) -> list[str]:
+    """Where the configuration's model is another than the folder's: the words that would make it the same.
+
+    Raises CheckpointError for a config.json that does not say all, ConfigError for a model that ours cannot be.
+    """
     path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json, so nothing says which model its weights are of.")
     try:
         from trainer.formats.catalogue import part_of  # imports every model
 
-        return part_of(_json(path))
+        theirs = part_of(_json(path))
     except KeyError as error:
         raise CheckpointError(f"{path} does not say {error.args[0]}, which its model_type needs.") from error
-
-
-def _model_problems(folder: Path, theirs: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    """Where the configuration's model is another than the folder's: the words that would make it the same."""
     differing = {
         key: value
         for key, value in theirs.items()
@@ -279,10 +272,12 @@ def _tokenizer_problems(folder: Path, tokenizer: Tokenizer | None, vocab_size: i
 
 
 def _start_problems(folder: Path, tokenizer: Tokenizer | None, start_id: int | None) -> list[str]:
-    """Where the run begins targets with another token than the weights know."""
+    """Where the run begins targets with another token than the weights know; told by the tokenizer they share."""
+    if tokenizer is None or start_id is None or not (folder / "tokenizer.json").is_file():
+        return []
     files = [_json(path) for name in ("generation_config.json", "config.json") if (path := folder / name).is_file()]
     told = next((value for file in files if (value := file.get("decoder_start_token_id")) is not None), None)
-    if tokenizer is None or start_id is None or told in (None, start_id) or not isinstance(told, int):
+    if told == start_id or not isinstance(told, int):
         return []
     return [
         f"init_from: {folder} begins its targets with {tokenizer.token_of(told)} (decoder_start_token_id={told}),"

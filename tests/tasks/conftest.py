@@ -13,6 +13,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [[3 + byte for byte in text.encode()] for text in texts]
 
+    def id_of(self, token: str) -> int | None:
+        return {"<pad>": 0, "<s>": 1, "</s>": 2}.get(token)
+
     def decode(self, ids: list[int]) -> str:
         return bytes(token - 3 for token in ids if token > 2).decode(errors="replace")
 

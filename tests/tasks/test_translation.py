@@ -42,6 +42,14 @@ def test_collate_shifts_the_target_and_marks_padding(task: Translation) -> None:
     assert task.flops_per_sample_lengths(batch) == {"source_length": 3, "target_length": 4}
 
 
+def test_targets_begin_with_the_start_token(tokenizer: Any) -> None:
+    """As BART's and Marian's do, alone and in packed rows."""
+    task = Translation(tokenizer, "translation.en", "translation.de", start_token="</s>")
+    samples = encoded(task, record("ab", "c"), record("a", "c"))
+    assert task.collate(samples)["decoder_input_ids"].tolist() == [[2, 102], [2, 102]]
+    assert task.collate_rows([samples], (5, 4))["decoder_input_ids"].tolist() == [[2, 102, 2, 102]]
+
+
 def test_rows_hold_samples_one_after_the_other_on_both_sides(task: Translation) -> None:
     assert isinstance(task, PacksRows)
     one, two, three = encoded(task, record("ab", "c"), record("a", "cde"), record("abc", "d"))
@@ -145,6 +153,7 @@ def test_chinese_is_tokenized_by_character_when_asked(tokenizer: Any) -> None:
         ({"label_smoothing": 1.5}, "task.label_smoothing=1.5"),
         ({"max_source_length": 1}, "task.max_source_length=1"),
         ({"bleu_tokenize": "13b"}, "task.bleu_tokenize=13b"),
+        ({"start_token": "<de>"}, "task.start_token=<de> is no token"),
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(tokenizer: Any, option: dict[str, Any], message: str) -> None:

@@ -95,7 +95,8 @@ def describe(given: Mapping[str, Any]) -> Format:
         twins["lm_head.weight"] = "shared.weight"
     else:  # one table in both places, as transformers 5 makes it: then it is saved once
         twins["shared.weight"] = "lm_head.weight"
-    return Format("T5ForConditionalGeneration", config, list(tensors()), twins=twins)
+    unused = r"EncDecAttention\.relative_attention_bias\.weight$"  # which the first T5 have saved
+    return Format("T5ForConditionalGeneration", config, list(tensors()), twins=twins, ignored=[unused])
 
 
 def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
