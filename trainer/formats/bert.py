@@ -42,8 +42,8 @@ def describe(given: Mapping[str, Any]) -> Format:
         "tie_word_embeddings": True,
     }
     if head == "classification":
-        told["id2label"] = {str(index): f"LABEL_{index}" for index in range(given["num_classes"])}
-        told["label2id"] = {name: int(index) for index, name in told["id2label"].items()}
+        names = [f"LABEL_{index}" for index in range(given["num_classes"])]
+        told |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     body, top = list(_body(given)), list(_top(head))
     twins = {f"{name}{old}": f"{name}{new}" for one in (*body, *top) for name, old, new in _old_names(one.theirs)}
     if head == "masked_lm":
