@@ -32,9 +32,9 @@ AllFinished = Callable[[bool], bool]
 class Encoded(NamedTuple):
     """A record made ready for batching.
 
-    fields: arrays by name (token ids int32, inputs float32, pixels uint8); length: positions it takes in a batch (the key of length
-    bucketing; for pairs the source and target lengths are compared in turn, so `length` is a tuple's maximum);
-    num_target_tokens: positions that will carry loss.
+    fields: arrays by name (token ids int32, inputs float32, pixels uint8); length: positions it takes in a batch (the
+    key of length bucketing; for pairs the source and target lengths are compared in turn, so `length` is a tuple's
+    maximum); num_target_tokens: positions that will carry loss.
     """
 
     fields: Mapping[str, np.ndarray[Any, Any]]
