@@ -11,6 +11,8 @@ The contract of a model (an `nn.Module`; build it by `_target_`, every hyper-par
     ... (0 = padding), `position_ids` [B,T] int64 count from 0 within each; the encoder-decoder has `source_...` [B,S]
     and `target_...` [B,T] of both. Nothing attends across samples, and a row may be longer than `max_positions`. The
     recurrent model knows no packed rows.
+  - speech to text: `features` [B,S,M] float, M numbers for each of S frames; optional `source_mask` [B,S] bool (True =
+    a frame of the recording), `decoder_input_ids` [B,T] int64 -> logits [B,T,V]
   - classifier: `inputs` [B,...] float -> logits [B,C]
   Logits come in the parameters' dtype; the task computes the loss in fp32.
 * `reset_parameter(name, generator)`: fills that parameter in place from `torch.Generator`, and
