@@ -123,6 +123,12 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
             f"The task makes sequences of up to {task.max_length} tokens, more than model.max_positions={positions};"
             " raise model.max_positions or lower the task's maximum length."
         )
+    trained, made = getattr(task, "objective", None), getattr(model, "objective", None)
+    if trained is not None and made is not None and trained != made:
+        problems.append(
+            f"The task {type(task).__name__} trains models for {trained}, and this {type(model).__name__} is one for"
+            f" {made}; choose another task or model (of an Encoder, model.head)."
+        )
     vocabulary = getattr(model, "vocab_size", None)
     if tokenizer is not None and vocabulary is not None and tokenizer.vocab_size > vocabulary:
         problems.append(

@@ -16,6 +16,8 @@ Batch = Mapping[str, Tensor]
 class Model(nn.Module):
     """Base of the models; the contract stands in the package's docstring."""
 
+    objective: str | None = None
+    """What it is trained for; a task that names another `objective` is refused. None: nothing is known of that."""
     max_positions: int | None = None
     packs_rows = False
     """Whether the samples of a packed row (with segment ids) are kept apart."""

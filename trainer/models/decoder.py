@@ -74,6 +74,7 @@ class Decoder(Model):
     num_layers) (GPT-2, Radford et al. 2019).
     """
 
+    objective = "causal_lm"
     packs_rows = True
     splits_positions = True
 

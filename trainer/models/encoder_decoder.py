@@ -124,6 +124,7 @@ class EncoderDecoder(Model):
     longest source or target (None: any, not for "learned").
     """
 
+    objective = "text_to_text"
     packs_rows = True
     splits_positions = True
 

@@ -65,6 +65,8 @@ class LSTMSeq2Seq(Model):
     head.
     """
 
+    objective = "text_to_text"
+
     def __init__(
         self,
         vocab_size: int,

@@ -33,6 +33,8 @@ class CausalLM:
     overlong="split".
     """
 
+    objective = "causal_lm"
+
     def __init__(
         self,
         tokenizer: TextTokenizer,

@@ -26,6 +26,8 @@ from trainer.tasks.text import (
 class SourceToTarget:
     """Batches of samples with `source_ids` and `target_ids` (int32, each with its end token), and their loss."""
 
+    objective = "text_to_text"
+
     def __init__(self, tokenizer: TextTokenizer, label_smoothing: float) -> None:
         """Raises ConfigError for a smoothing that cannot be."""
         if not 0.0 <= label_smoothing < 1.0:
