@@ -227,3 +227,22 @@ def test_an_own_tokenizer_needs_its_sentinels() -> None:
     plain: Tokenizer = ByteTokenizer().prepare(lambda: iter(()))
     with pytest.raises(ConfigError, match=r"need 3 tokens"):
         SpanCorruption(plain, "text", 50, [T5])
+
+
+def test_sources_of_a_mixture_are_joined_each_for_itself(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name * 30}"}}\n' * 300)
+    sources = {name: {"path": str(tmp_path / f"{name}.jsonl"), "weight": 1.0 + (name == "b")} for name in "ab"}
+    data = StreamData(sources=sources, lanes=4, block=64, trace=True)
+    options = {"task": task_of(), "global_size": 8}
+    whole = steps_of(data, 10, **options)
+    letters = Counter(
+        frozenset(TOKENIZER.decode(row.tolist()))
+        for step in whole[0]
+        for batch in step.micro_batches
+        for row in batch["source_ids"]
+    )
+    assert set(letters) == {frozenset("a"), frozenset("b")}
+    assert 1.5 < letters[frozenset("b")] / letters[frozenset("a")] < 2.5
+    resumed = steps_of(data, 6, world_size=2, states=saved(steps_of(data, 4, **options)), **options)
+    assert merged(resumed) == merged(whole)[4:]
