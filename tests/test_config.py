@@ -40,6 +40,8 @@ NEEDED = {
     ("data", "files"): ["data.path=train.jsonl"],
     ("model", "cnn"): ["task=classification"],
     ("model", "mlp"): ["task=classification"],
+    ("model", "recommender"): ["task=next_item", "task.num_items=10"],
+    ("task", "next_item"): ["task.num_items=10"],
     ("tokenizer", "file"): ["tokenizer.path=tokenizer.json", "tokenizer.vocab_size=100"],
     ("tokenizer", "none"): ["model=mlp", "task=classification"],
 }
