@@ -81,6 +81,13 @@ def test_without_a_gradient_the_first_of_several_maxima_is_the_answer():
     assert Targets(labels)(hidden.requires_grad_(), weight, None)[2] == 2
 
 
+def test_evaluation_computes_no_gradient(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_add_product", None)
+    hidden, weight, bias, labels = case()
+    with torch.no_grad():
+        Targets(labels)(hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_())
+
+
 def test_frozen_parts_get_no_gradient():
     hidden, weight, bias, labels = case()
     whole = learn(lambda *head: Targets(labels)(*head)[0], hidden, weight, bias)
