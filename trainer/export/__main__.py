@@ -125,10 +125,11 @@ def _write_json(path: Path, value: object) -> None:
 def _card(found: FoundRun, form: Format) -> str:
     """The model card: where the weights come from."""
     task = found.config.task["_target_"].rpartition(".")[2]
+    what = f" Weights: {found.said}." if found.said else ""
     return (
         f"---\nlibrary_name: transformers\n---\n\n# {found.config.name}\n\n"
         f"{form.architecture}, trained by Shardwright for {found.checkpoint.state.step:,} steps on"
-        f" {found.checkpoint.state.tokens:,} target tokens (task {task}, seed {found.config.seed}).\n"
+        f" {found.checkpoint.state.tokens:,} target tokens (task {task}, seed {found.config.seed}).{what}\n"
     )
 
 
