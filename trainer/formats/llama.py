@@ -53,8 +53,8 @@ def head_dim(given: Mapping[str, Any]) -> int:
 
 
 def common_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of config.json that all of the family have."""
-    config = {
+    """The part of told.json that all of the family have."""
+    told = {
         "vocab_size": given["vocab_size"],
         "hidden_size": given["d_model"],
         "intermediate_size": given["d_ff"],
@@ -72,9 +72,9 @@ def common_config(given: Mapping[str, Any]) -> dict[str, Any]:
         "initializer_range": given["init_std"],
     }
     if given["rotary_scaling"] is not None:
-        config["rope_parameters"] |= given["rotary_scaling"]
-        config["rope_scaling"] = config["rope_parameters"]  # as readers before transformers 5 call it
-    return config
+        told["rope_parameters"] |= given["rotary_scaling"]
+        told["rope_scaling"] = told["rope_parameters"]  # as readers before transformers 5 call it
+    return told
 
 
 def common_tensors(given: Mapping[str, Any]) -> Iterator[Tensor]:
