@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,6 @@ from trainer.tasks.text_to_text import SourceToTarget
 from trainer.wording import did_you_mean
 
 Ids = npt.NDArray[np.int32]
-
-
-class SpecialTokenizer(TextTokenizer, Protocol):
-    """A tokenizer that knows special tokens by name (`tokenizer.special_tokens`)."""
-
-    def id_of(self, token: str) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +82,7 @@ class SpanCorruption(SourceToTarget):
 
     def __init__(
         self,
-        tokenizer: SpecialTokenizer,
+        tokenizer: TextTokenizer,
         text_column: str,
         input_length: int,
         denoisers: Sequence[Mapping[str, Any]],
@@ -196,7 +190,7 @@ def _random_words(ids: Ids, seed: int) -> np.random.PCG64:
     return np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "little")))
 
 
-def _ids_of(tokenizer: SpecialTokenizer, names: Sequence[str], sentinel: str = "") -> list[int]:
+def _ids_of(tokenizer: TextTokenizer, names: Sequence[str], sentinel: str = "") -> list[int]:
     """The ids of special tokens, which are `sentinel` with the numbers from 0 on where that is given. Raises
     ConfigError with what is missing."""
     ids = [id_ for name in names if (id_ := tokenizer.id_of(name)) is not None]
