@@ -53,7 +53,7 @@ def head_dim(given: Mapping[str, Any]) -> int:
 
 
 def common_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of told.json that all of the family have."""
+    """The part of config.json that all of the family have."""
     told = {
         "vocab_size": given["vocab_size"],
         "hidden_size": given["d_model"],

@@ -32,8 +32,8 @@ class TextTokenizer(Protocol):
 
     def decode_batch(self, ids: list[list[int]]) -> list[str]: ...
 
-    def id_of(self, token: str) -> int:
-        """Of an entry of the vocabulary, by its name. Raises ConfigError where there is none."""
+    def id_of(self, token: str) -> int | None:
+        """Of an entry of the vocabulary, by its name; None where there is none."""
 
 
 def check_overlong(choice: str, choices: Sequence[str] = OVERLONG_CHOICES) -> None:
@@ -46,12 +46,12 @@ def start_id(tokenizer: TextTokenizer, start_token: str | None) -> int:
     """The id that a target begins with: of `start_token`, None = the tokenizer's begin token. Raises ConfigError."""
     if start_token is None:
         return tokenizer.bos_id
-    try:
-        return tokenizer.id_of(start_token)
-    except ConfigError as error:
+    found = tokenizer.id_of(start_token)
+    if found is None:
         raise ConfigError(
             f"task.start_token={start_token} is no token of the tokenizer's; name one, such as </s>, or null."
-        ) from error
+        )
+    return found
 
 
 def text_at(record: Record, path: str) -> str | BadRecord:
