@@ -46,6 +46,8 @@ NEEDED = {
     **{("model", f"vit_{size}"): ["task=image_classification"] for size in ("tiny", "small", "base", "large", "huge")},
     ("model", "speech"): ["task=speech_recognition"],
     ("task", "speech_recognition"): ["model=speech"],
+    ("model", "recommender"): ["task=next_item", "task.num_items=10"],
+    ("task", "next_item"): ["task.num_items=10"],
     ("tokenizer", "file"): ["tokenizer.path=tokenizer.json", "tokenizer.vocab_size=100"],
     ("tokenizer", "none"): ["model=mlp", "task=classification"],
 }

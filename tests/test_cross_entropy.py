@@ -81,6 +81,13 @@ def test_without_a_gradient_the_first_of_several_maxima_is_the_answer():
     assert Targets(labels)(hidden.requires_grad_(), weight, None)[2] == 2
 
 
+def test_evaluation_computes_no_gradient(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_add_product", None)
+    hidden, weight, bias, labels = case()
+    with torch.no_grad():
+        Targets(labels)(hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_())
+
+
 def test_frozen_parts_get_no_gradient():
     hidden, weight, bias, labels = case()
     whole = learn(lambda *head: Targets(labels)(*head)[0], hidden, weight, bias)
@@ -98,7 +105,7 @@ def test_positions_without_labels_weigh_nothing():
     assert sums == 0 and not any(bool(gradient.any()) for gradient in gradients)
 
 
-def test_peak_memory_is_an_eighth_of_logits_and_their_gradient(monkeypatch):
+def test_peak_memory_is_a_small_part_of_logits_and_their_gradient(monkeypatch):
     """8k tokens of a vocabulary of 128k in small: rows, classes and chunk divided alike."""
     rows, classes, size = 512, 8192, 8
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", cross_entropy.CHUNK_ELEMENTS * rows * classes // 2**30)
@@ -106,9 +113,10 @@ def test_peak_memory_is_an_eighth_of_logits_and_their_gradient(monkeypatch):
     hidden.requires_grad_(), weight.requires_grad_()
     labels.clamp_(min=0)
     with LiveBytes() as live:
+        live.seen |= {tensor.untyped_storage()._cdata for tensor in (hidden, weight)}
         Targets(labels, 0.1, 1e-4)(hidden, weight, None)[0].backward()
     kept = (hidden.numel() + weight.numel()) * 4
-    assert live.peak - kept < 2 * rows * classes * 4 / 8
+    assert live.peak - kept < 2 * rows * classes * 4 / 32
 
 
 MODELS = {

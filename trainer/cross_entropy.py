@@ -77,7 +77,8 @@ class _HeadLoss(torch.autograd.Function):
         places = (labels >= 0).nonzero().view(-1)
         num_classes = len(weight)
         rows = max(1, min(len(places), CHUNK_ELEMENTS // num_classes))
-        wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        # PyTorch tells what needs a gradient also where none is recorded.
+        wants_hidden, wants_weight, wants_bias = (trains and needs for needs in ctx.needs_input_grad[:3])
         hidden_gradient = torch.zeros_like(hidden) if wants_hidden else None
         # Summed over several chunks in fp32, so that what is small is not lost in bf16 beside what is summed already.
         kept_dtype = weight.dtype if len(places) <= rows else torch.float32

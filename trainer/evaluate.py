@@ -342,6 +342,8 @@ def _evaluate_run(options: EvaluateOptions) -> None:
 
 def _report(options: EvaluateOptions, step: int, result: Result) -> str:
     facts: dict[str, object] = {"run": options.run, "step": step, "split": options.split}
+    facts |= {"checkpoint": options.checkpoint} if options.checkpoint.startswith("average:") else {}
+    facts |= {"weights": options.weights} if options.weights != "master" else {}
     facts |= {**result.metrics, **result.signatures}
     if result.generations is not None:
         facts["generations"] = str(result.generations)

@@ -53,6 +53,15 @@ class FoundRun:
         """The one, or the newest."""
         return self.checkpoints[0]
 
+    @property
+    def said(self) -> str:
+        """What the weights are, in words, where they are not simply those of the checkpoint; else ""."""
+        one = "moving average of the weights" if self.weights == "ema" else "weights"
+        many = len(self.checkpoints)
+        if many > 1:
+            return f"mean of the {one} of the last {many} checkpoints"
+        return one if self.weights == "ema" else ""
+
     def reader(self) -> WeightReader:
         """For the weights."""
         return WeightReader(self.checkpoints, self.weights)

@@ -73,6 +73,7 @@ def main() -> None:
     peaks, made = {}, {}
     for name, loss in losses.items():
         with LiveBytes() as live:
+            live.seen |= {tensor.untyped_storage()._cdata for tensor in (hidden, weight)}
             value = learn(loss, *case)[2]
         kept = sum(tensor.numel() * tensor.itemsize for tensor in (hidden, weight))
         peaks[name] = live.peak - kept

@@ -27,6 +27,7 @@ from sources import stanzas
 
 ROOT = Path(__file__).resolve().parents[2]
 VALIDATION, TEST = 0.02, 0.03  # shares of the source packages
+JUDGED = 0.1  # share of the packages of train with a preference: they cost people more than answers
 QUESTIONS = {
     "synopsis": ("What does the package {name} do?", "What is {name}?", "Describe the package {name} in a few words."),
     "section": ("Which section is it in?", "Where in Debian does it belong?"),
@@ -118,7 +119,8 @@ def main() -> None:
         splits[split_name(package.source, VALIDATION, TEST)].append(package)
     for name, members in splits.items():
         write_jsonl_gz(out / "chat" / f"{name}.jsonl.gz", map(conversation, members))
-        write_jsonl_gz(out / "preferences" / f"{name}.jsonl.gz", preferences(members))
+        judged = [one for one in members if name != "train" or unit_hash(f"judged {one.name}") < JUDGED]
+        write_jsonl_gz(out / "preferences" / f"{name}.jsonl.gz", preferences(judged))
     counts = {name: len(members) for name, members in splits.items()}
     (out / "manifest.json").write_text(json.dumps({"packages": counts}, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(counts), f"in {out}")

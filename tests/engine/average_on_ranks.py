@@ -23,7 +23,7 @@ TOKENS = 3 * 2 * 8
 
 def learnt(words):
     """Losses of three steps and one of the evaluated average; then all states, gathered from the ranks."""
-    build_model = partial(Decoder, 60, d_model=32, num_heads=2, d_ff=48, num_layers=2)
+    build_model = partial(Decoder, 60, d_model=32, num_heads=2, d_ff=48, num_layers=1)
     words = ["experiment=lm_small", "precision=fp32", "ema.decay=0.6", "ema.evaluate=true", *words]
     config = to_config(compose([*words, f"batch.global_size={distributed.world_size()}"]))
     engine = make_engine(config, make_plan(config, distributed.world_size()), build_model, make_layout(1, 1))

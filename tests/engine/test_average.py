@@ -126,8 +126,8 @@ def test_settings_that_cannot_be(words, message):
 
 @pytest.mark.dist
 def test_sharded_engines_hold_the_same(trainer_env):
-    """Two ranks; see `average_on_ranks.py`: losses by the fused head, masters and averages, with Lion and AdamW."""
-    cases = ["zero1,lion", "zero2,lion", "zero3,adamw", "zero3,lion"]
+    """Two ranks; see `average_on_ranks.py`: losses by the fused head, masters and averages, with Lion."""
+    cases = ["zero1,lion", "zero2,lion", "zero3,lion"]
     command = [*launch_command("torchrun", 2, "tests.engine.average_on_ranks"), *cases]
     done = run_command(command, ROOT, trainer_env, 300)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -137,9 +137,9 @@ def test_sharded_engines_hold_the_same(trainer_env):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same(trainer_env):
-    """Two ranks; the compiler fuses what it likes, so to 1e-5."""
-    cases = ["plain,adamw,engine.compile=true", "zero1,adamw,engine.compile=true", "zero2,adamw,engine.compile=true"]
-    command = [*launch_command("torchrun", 2, "tests.engine.average_on_ranks"), *cases]
+    """One rank, for the compiler takes its time; it fuses what it likes, so to 1e-5."""
+    cases = ["zero2,adamw,engine.compile=true"]
+    command = [*launch_command(None, 1, "tests.engine.average_on_ranks"), *cases]
     done = run_command(command, ROOT, trainer_env, 300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [line.partition(" ")[0] for line in done.stdout.splitlines() if "is the same" in line] == cases

@@ -22,7 +22,7 @@ from trainer.parallel.sequence import own_part, split_positions
 from trainer.parallel.slices import of_whole
 from trainer.parallel.tensor import split_matrices
 from trainer.tasks import IGNORE
-from trainer.tasks.loss import cross_entropy_sums
+from trainer.tasks.loss import cross_entropy_sums, token_loss
 
 RANKS = 4
 SPLITS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]
@@ -113,7 +113,7 @@ def compare(rank: int, folder: str, kinds: list[str]) -> None:
                 for piece in of_whole(piece_of(name, parameter.detach()), slices):
                     piece.fill(values[name].flatten())
             batch = own_part(batch_of(kind, packed), layout)
-            sums = cross_entropy_sums(model(batch), batch["labels"], 0.1)
+            sums = token_loss(model, batch, 0.1)  # by the head, without whole logits
             sums.objective.backward()
             objective = sums.objective.detach() / layout.tensor / layout.data
             dist.all_reduce(objective)

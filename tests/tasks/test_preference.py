@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.composition import compose
+from trainer.config import to_config
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.loop import blank_of
 from trainer.models.decoder import Decoder
+from trainer.parts import check_fit
 from trainer.tasks import BadRecord, Encoded, GeneratesText, PacksRows, ScoresBatches
 from trainer.tasks.preference import Preference
 
@@ -153,3 +156,14 @@ def test_options_that_cannot_be_are_refused(tokenizer: Tokenizer) -> None:
         Preference(tokenizer, beta=0)
     with pytest.raises(ConfigError, match=r"task\.reference_columns=\['a'\]"):
         Preference(tokenizer, reference_columns=["a"])
+
+
+def test_ranks_do_not_share_its_sequences(tokenizer: Tokenizer, model: Decoder) -> None:
+    """A part of the positions knows no log-probability of a whole answer."""
+    config = to_config(
+        compose(["experiment=dpo_small", "engine=zero2", "engine.sequence_parallel=2", "tokenizer.path=somewhere"])
+    )
+    with pytest.raises(
+        ConfigError, match=r"engine\.sequence_parallel=2: the loss of Preference is no sum over positions"
+    ):
+        check_fit(config, Preference(tokenizer), model, tokenizer)

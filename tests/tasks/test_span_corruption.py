@@ -26,7 +26,7 @@ UL2 = [
     {"mode": "[X]", "noise_density": 0.5, "mean_span_length": 8},
 ]
 TOKENIZER = ByteTokenizer(400, ["<extra_id_{0..99}>", "[R]", "[S]", "[X]"]).prepare(lambda: iter(()))
-FIRST = TOKENIZER.id_of("<extra_id_0>")
+FIRST = TOKENIZER.id_of("<extra_id_0>") or 0
 
 
 def task_of(length: int = 64, denoisers: Any = (T5,), **options: Any) -> SpanCorruption:
@@ -157,9 +157,9 @@ def test_bad_records_are_told_apart_and_joined_around() -> None:
         ({"denoisers": [{"noise_density": 0.1, "mean_span_length": 0.5}]}, "denoisers.0.mean_span_length=0.5 must be"),
         ({"denoisers": [{"noise_density": 0.1, "mean_span": 3}]}, "mean_span is not known; did you mean"),
         ({"denoisers": [{**T5, "weight": 0}]}, "all weights are 0"),
-        ({"denoisers": [{**T5, "mode": "[Q]"}]}, r"no token \[Q\]; name it in tokenizer.special_tokens"),
+        ({"denoisers": [{**T5, "mode": "[Q]"}]}, r'need 1 tokens .*: tokenizer.special_tokens=\["\[Q\]"\]'),
         ({"denoisers": [{"noise_density": 0.9, "mean_span_length": 1}]}, "inputs of exactly 64 tokens cannot come"),
-        ({"length": 4000}, r'need 222 sentinels.*tokenizer.special_tokens=\["<extra_id_\{0..221\}>"\]'),
+        ({"length": 4000}, r'need 222 tokens .*: tokenizer.special_tokens=\["<extra_id_\{0..221\}>"\]'),
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(options: dict[str, Any], message: str) -> None:
@@ -225,5 +225,24 @@ def test_packing_is_refused_for_there_is_nothing_to_pack(data: StreamData) -> No
 
 def test_an_own_tokenizer_needs_its_sentinels() -> None:
     plain: Tokenizer = ByteTokenizer().prepare(lambda: iter(()))
-    with pytest.raises(ConfigError, match=r"need 3 sentinels"):
+    with pytest.raises(ConfigError, match=r"need 3 tokens"):
         SpanCorruption(plain, "text", 50, [T5])
+
+
+def test_sources_of_a_mixture_are_joined_each_for_itself(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name * 30}"}}\n' * 300)
+    sources = {name: {"path": str(tmp_path / f"{name}.jsonl"), "weight": 1.0 + (name == "b")} for name in "ab"}
+    data = StreamData(sources=sources, lanes=4, block=64, trace=True)
+    options = {"task": task_of(), "global_size": 8}
+    whole = steps_of(data, 10, **options)
+    letters = Counter(
+        frozenset(TOKENIZER.decode(row.tolist()))
+        for step in whole[0]
+        for batch in step.micro_batches
+        for row in batch["source_ids"]
+    )
+    assert set(letters) == {frozenset("a"), frozenset("b")}
+    assert 1.5 < letters[frozenset("b")] / letters[frozenset("a")] < 2.5
+    resumed = steps_of(data, 6, world_size=2, states=saved(steps_of(data, 4, **options)), **options)
+    assert merged(resumed) == merged(whole)[4:]

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
+from trainer.composition import compose
+from trainer.config import to_config
 from trainer.errors import ConfigError, SetupError
+from trainer.models.decoder import Decoder
+from trainer.parts import check_fit
 from trainer.tasks import Encoded, PacksRows, ScoresText
 from trainer.tasks.summarisation import Summarisation
 
@@ -64,3 +68,11 @@ def test_without_rouge_score_the_extra_is_named_at_once(tokenizer: Any, monkeypa
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     with pytest.raises(SetupError, match=r"shardwright\[metrics\]"):
         Summarisation(tokenizer, "document", "summary")
+
+
+def test_a_model_that_writes_no_targets_is_refused(tokenizer: Any) -> None:
+    """One message for all tasks of text to text."""
+    config = to_config(compose(["model=decoder", "task=summarisation", "name=x", "steps=1", "batch.global_size=1"]))
+    task = Summarisation(tokenizer, "document", "summary")
+    with pytest.raises(ConfigError, match=r"Summarisation trains models for text_to_text, and this Decoder is one for"):
+        check_fit(config, task, Decoder(260, d_model=8, num_heads=2, d_ff=8, num_layers=1), None)

@@ -98,15 +98,10 @@ class Tokenizer:
         """The name of an entry of the vocabulary."""
         return str(self._backend.id_to_token(id_))
 
-    def id_of(self, token: str) -> int:
-        """The id of the entry with this name, such as a special token. Raises ConfigError where there is none."""
-        id_: int | None = self._backend.token_to_id(token)
-        if id_ is None:
-            raise ConfigError(
-                f"The tokenizer has no token {token}; name it in tokenizer.special_tokens,"
-                " or take a tokenizer that has it."
-            )
-        return id_
+    def id_of(self, token: str) -> int | None:
+        """The id of an entry of the vocabulary by its name; None where there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
 
     def entries(self) -> dict[str, int]:
         """The vocabulary: names and ids."""

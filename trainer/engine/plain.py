@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from trainer import distributed
 from trainer.engine.base import Fragment
+from trainer.engine.compiled import compile_module
 from trainer.engine.optimizer_state import (
     evaluation_mode,
     frozen_whole,
@@ -75,7 +76,9 @@ class PlainEngine:
             for parameter, view in zip(parameters, self._sums, strict=True):
                 parameter.grad = view
         self.module = module
-        self.model: torch.nn.Module = torch.compile(module, dynamic=True) if compiled else module  # type: ignore[assignment]
+        if compiled:
+            compile_module(module)
+        self.model: torch.nn.Module = module
         self._optimizer = build_optimizer(zip(self._names, self._masters, strict=True))
 
     def _flat_copy(self, parameters: list[torch.nn.Parameter], dtype: torch.dtype) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch
 from trainer import distributed
 from trainer.engine import nvme
 from trainer.engine.base import BuildModel, Fragment
+from trainer.engine.compiled import compile_module
 from trainer.engine.optimizer_state import (
     evaluation_mode,
     frozen_whole,
@@ -155,7 +156,7 @@ class ZeroEngine:
         ):
             self.module = build_model()
         if compiled:
-            self.module.compile(dynamic=True)
+            compile_module(self.module)
         optimizer = build_optimizer(self.module.named_parameters())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

@@ -103,6 +103,8 @@ def _card(found: FoundRun, form: Format) -> str:
         f"{form.architecture}, trained by Shardwright for {state.step:,} steps on {state.tokens:,} target tokens"
         f" (task {config.task['_target_'].rpartition('.')[2]}, seed {config.seed})."
     ]
+    if found.said:
+        parts.append(f"Weights: {found.said}.")
     if config.init_from is not None:
         parts.append(f"The first weights were those of {config.init_from}.")
     parts.append("## Data\n\n" + "\n".join(f"* {line}" for line in _data(config.data)))

@@ -204,7 +204,7 @@ def _pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     pieces: list[str] = []
     begin = 0
     for end, id in enumerate(ids, start=1):
-        piece = special.get(id) or tokenizer.decode(ids[begin:end])
+        piece = special.get(id) or tokenizer.decode(ids[begin:end]) or tokenizer.token_of(id)
         unfinished = piece.endswith("\ufffd") and end < len(ids)
         pieces.append("" if unfinished else piece)
         begin = begin if unfinished else end

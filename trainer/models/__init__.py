@@ -13,6 +13,8 @@ The contract of a model (an `nn.Module`; build it by `_target_`, every hyper-par
     recurrent model knows no packed rows.
   - encoder: `input_ids` [B,T] int64, optional `attention_mask` [B,T] bool, `token_type_ids` [B,T] int64 (first text 0,
     second 1) -> logits [B,T,V] of a masked language model, which takes packed rows too, or [B,C] of a classifier
+  - speech to text: `features` [B,S,M] float, M numbers for each of S frames; optional `source_mask` [B,S] bool (True =
+    a frame of the recording), `decoder_input_ids` [B,T] int64 -> logits [B,T,V]
   - classifier: `inputs` [B,...] float -> logits [B,C]
   Logits come in the parameters' dtype; the task computes the loss in fp32.
   A model that `fuses_loss` has `forward(batch, head_loss=None)`: where a `head_loss` is given its output head computes

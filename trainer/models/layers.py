@@ -49,6 +49,11 @@ def initialise(module: nn.Module, leaf: str, generator: torch.Generator) -> None
         parameter.copy_(value)
 
 
+def composed(x: Tensor) -> bool:
+    """Whether `x` is best left to PyTorch's plain operations: on a GPU, and where a compiler fuses them."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
 class Projection(nn.Linear):
     """A linear map, possibly several fused by rows: `row_stds` gives (rows, standard deviation) of each.
 
@@ -153,7 +158,7 @@ class RMSNorm(nn.RMSNorm):
 
     def scaled_by(self, weight: Tensor, x: Tensor) -> Tensor:
         """`forward` with another weight, such as this one with a gradient that is summed over ranks."""
-        if x.device.type != "cpu":
+        if composed(x):
             return F.rms_norm(x, self.normalized_shape, weight, self.eps)
         return _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -205,7 +210,7 @@ def _keep_mask(x: Tensor, p: float) -> Tensor:
 
     On a CPU `bernoulli_` costs more than the matrix products around it; 16 random bits an element cost a fifth of it.
     """
-    if x.device.type != "cpu":
+    if composed(x):
         return torch.empty_like(x).bernoulli_(1 - p)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
@@ -216,7 +221,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Inverted dropout (Srivastava et al. 2014): in training, x * keep / (1 - p)."""
     if not training or p == 0.0:
         return x
-    return F.dropout(x, p) if x.device.type != "cpu" else x * _keep_mask(x, p).mul_(1 / (1 - p))
+    return F.dropout(x, p) if composed(x) else x * _keep_mask(x, p).mul_(1 / (1 - p))
 
 
 def add_dropped(residual: Tensor, x: Tensor, p: float, training: bool) -> Tensor:

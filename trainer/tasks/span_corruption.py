@@ -30,7 +30,7 @@ Ids = npt.NDArray[np.int32]
 class SpecialTokenizer(TextTokenizer, Protocol):
     """A tokenizer that knows special tokens by name (`tokenizer.special_tokens`)."""
 
-    def id_of(self, token: str) -> int: ...
+    def id_of(self, token: str) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,8 @@ class SpanCorruption(SourceToTarget):
                     f"{one.noise_density} in spans of {one.mean_span_length}; lower the density or lengthen the spans."
                 )
         self._sentinels = _ids_of(tokenizer, [sentinel.format(number) for number in range(max(spans))], sentinel)
-        modes = [one.mode for one in self._denoisers]
-        self._modes = [np.asarray([tokenizer.id_of(mode)] if mode else [], np.int32) for mode in modes]
+        modes = [[one.mode] if one.mode else [] for one in self._denoisers]
+        self._modes = [np.asarray(_ids_of(tokenizer, names), np.int32) for names in modes]
         self._shares = list(accumulate(one.weight for one in self._denoisers))
         self.required_columns: Sequence[str] = (text_column,)
         self.max_length = max(map(max, lengths))
@@ -196,16 +196,17 @@ def _random_words(ids: Ids, seed: int) -> np.random.PCG64:
     return np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "little")))
 
 
-def _ids_of(tokenizer: SpecialTokenizer, names: Sequence[str], sentinel: str) -> list[int]:
-    """The ids of the sentinels. Raises ConfigError with how many are needed."""
-    try:
-        return [tokenizer.id_of(name) for name in names]
-    except ConfigError as error:
-        spelled = sentinel.format(f"{{0..{len(names) - 1}}}")
+def _ids_of(tokenizer: SpecialTokenizer, names: Sequence[str], sentinel: str = "") -> list[int]:
+    """The ids of special tokens, which are `sentinel` with the numbers from 0 on where that is given. Raises
+    ConfigError with what is missing."""
+    ids = [id_ for name in names if (id_ := tokenizer.id_of(name)) is not None]
+    if len(ids) < len(names):
+        wanted = sentinel.format(f"{{0..{len(names) - 1}}}") if sentinel else names[0]
         raise ConfigError(
-            f"task.input_length and task.denoisers need {len(names)} sentinels, and the tokenizer has not so many;"
-            f' name them: tokenizer.special_tokens=["{spelled}"] (or more, for longer inputs later).'
-        ) from error
+            f"task.denoisers need {len(names)} tokens that the tokenizer does not have:"
+            f' tokenizer.special_tokens=["{wanted}"], beside others.'
+        )
+    return ids
 
 
 def _checked(denoisers: Sequence[Mapping[str, Any]]) -> list[Denoiser]:

@@ -1,103 +1,68 @@
-"""Summaries and questions out of Debian's package lists (scripts/data/summaries.py, questions.py)."""
+"""Conversations and preferences made of packages (scripts/data/packages.py), and histories (interactions.py)."""
 
-from __future__ import annotations
-
-import json
-import sys
-from pathlib import Path
+import io
+import math
+import os
+import pickle
 
 import pytest
-import questions
-import summaries
-from corpora import read_jsonl_gz
-from debian import NoApt
-from sources import family, read_packages
+from interactions import TableUnpickler, histories, popularity
+from packages import Package, conversation, preferences, read_packages
 
-PACKAGES = """Package: {name}
-Source: {source} (1.0)
-Version: 1.{number}-1
-Installed-Size: {number}
-Maintainer: "Group {number}" <group@example.org>
-Architecture: all
-Depends: libc6
-Description: tool number {number}
-Section: utils
-"""
-TRANSLATIONS = """Package: {name}
-Description-md5: {number}
-Description-en: tool number {number}
- This is the long text of the
- tool {number} that {name} brings.
- .
-  - an item
-"""
-NAMES = [("tool", number) for number in range(200)] + [("tool-doc", number) for number in range(200)]
+PACKAGES = [
+    Package(f"lib{number}", "lib", f"library number {number} of many", "libs", "https://example.org")
+    for number in range(40)
+]
 
 
-class Lists:
-    """An `Apt` with two lists. Packages toolN and toolN-docN come from the source toolN."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def lists(self, pattern: str) -> list[tuple[str, str]]:
-        form = PACKAGES if "Packages" in pattern else TRANSLATIONS
-        stanzas = [
-            form.format(name=f"{name}{n}", source=chr(97 + n % 26) * (1 + n // 26), number=n) for name, n in NAMES
-        ]
-        return [("list", "\n".join(stanzas))]
+def test_questions_alternate_with_the_facts_of_the_package() -> None:
+    talks = [conversation(package)["messages"] for package in PACKAGES]
+    for package, messages in zip(PACKAGES, talks, strict=True):
+        assert [one["role"] for one in messages] == ["user", "assistant"] * (len(messages) // 2)
+        assert package.name in messages[0]["content"] and messages[1]["content"] == package.synopsis
+        assert {one["content"] for one in messages[3::2]} <= {"libs", "https://example.org"}
+    assert {len(messages) for messages in talks} == {2, 4, 6}
 
 
-def built(module: object, monkeypatch: pytest.MonkeyPatch, out: Path) -> dict[str, list[dict[str, str]]]:
-    monkeypatch.setattr(module, "Apt", Lists)
-    monkeypatch.setattr(module, "VALIDATION", 0.2)
-    monkeypatch.setattr(module, "TEST", 0.2)
-    monkeypatch.setattr(sys, "argv", ["build", "--out", str(out)])
-    module.main()  # type: ignore[attr-defined]
-    return {name: list(read_jsonl_gz(out / f"{name}.jsonl.gz")) for name in ("train", "validation", "test")}
+def test_the_rejected_answer_is_anothers_or_half_of_the_right_one() -> None:
+    pairs = list(preferences(PACKAGES))
+    assert {pair["kind"] for pair in pairs} == {"cut", "other"}
+    synopses = {package.synopsis for package in PACKAGES}
+    for pair in pairs:
+        assert pair["chosen"] in synopses and pair["rejected"] != pair["chosen"]
+        if pair["kind"] == "cut":
+            assert pair["chosen"].startswith(pair["rejected"]) and pair["rejected"] == "library number"
+        else:
+            assert pair["rejected"] in synopses
 
 
-def test_summaries_are_split_by_what_comes_from_one_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    splits = built(summaries, monkeypatch, tmp_path)
-    assert all(len(rows) > 20 for rows in splits.values())
-    families = [{row["family"] for row in rows} for rows in splits.values()]
-    assert not families[0] & families[1] and not families[1] & families[2] and not families[0] & families[2]
-    assert {row["summary"] for row in splits["train"]}.isdisjoint(row["summary"] for row in splits["test"])
-    row = splits["test"][0]
-    number = row["summary"].rpartition(" ")[2]
-    assert row["document"].startswith(f"This is the long text of the tool {number} that tool")
-    assert row["document"].endswith("\n- an item")
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["pairs"]["test"] == len(splits["test"])
-    assert 0 < manifest["rouge1_of_first_10_words"]["test"] < 1
+def test_packages_are_read_from_the_lists_of_apt() -> None:
+    class Lists:
+        def lists(self, pattern: str) -> list[tuple[str, str]]:
+            if "Translation" in pattern:
+                return [("t", "Description-md5: 1\nDescription-en: good  tool\n long text\n\nDescription-md5: 2\n")]
+            return [
+                ("p", "Package: a\nSource: s (1)\nSection: net\nDescription-md5: 1\n\nPackage: b\nDescription-md5: 2")
+            ]
+
+    assert read_packages(Lists()) == [Package("a", "s", "good tool", "net", "")]
 
 
-def test_every_answer_stands_in_its_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    splits = built(questions, monkeypatch, tmp_path)
-    rows = [row for rows in splits.values() for row in rows]
-    assert len(rows) == len(NAMES)
-    for row in rows:
-        assert row["answer"] in row["context"] and "Depends" not in row["context"]
-        assert row["context"].split("\n")[0].removeprefix("Package: ") in row["question"]
-    assert {row["kind"] for row in rows} == set(questions.KINDS) - {"homepage"}
-    assert all(row["answer"].startswith("Group ") for row in rows if row["kind"] == "maintainer")
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    constant = manifest["most_frequent_answer"]["test"]
-    assert 0 < constant["one for all"] <= constant["one for each kind"] < 1
+def test_histories_are_in_order_and_without_rare_films() -> None:
+    ratings = [(1, 10 - film, film, f"film {film}") for film in range(5)]
+    ratings += [(user, film, film, f"film {film}") for user in range(2, 6) for film in range(4)]
+    people, titles = histories(ratings)
+    assert titles == ["film 0", "film 1", "film 2", "film 3"], "film 4 has one rating"
+    assert people == [[3, 2, 1, 0], *([[0, 1, 2, 3]] * 4)]
 
 
-def test_families_are_of_sources_whatever_their_version() -> None:
-    assert family({"Package": "libfoo12", "Source": "foo-1.2 (3)"}) == family({"Package": "foo-1.3"}) == "foo 0 0"
-    assert len(read_packages(Lists())) == len(NAMES)  # type: ignore[arg-type]
+def test_the_popular_are_ranked_without_what_was_seen() -> None:
+    train = [[0], [0], [0], [1], [1], [2]]
+    found = popularity(train, [[0, 2], [1, 2], [0, 1]])
+    assert found["recall@10"] == 1.0
+    assert found["ndcg@10"] == pytest.approx((1 / math.log2(3) * 2 + 1) / 3)
 
 
-def test_without_apt_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def no_apt(*_: object) -> None:
-        raise NoApt("apt-get or dpkg-deb is missing")
-
-    for module in (questions, summaries):
-        monkeypatch.setattr(module, "Apt", no_apt)
-        monkeypatch.setattr(sys, "argv", ["build", "--out", str(tmp_path)])
-        with pytest.raises(SystemExit, match="apt-get or dpkg-deb is missing"):
-            module.main()
-    assert not list(tmp_path.iterdir())
+def test_a_table_that_calls_anything_else_is_not_read() -> None:
+    with pytest.raises(pickle.UnpicklingError, match=r"needs no posix\.getpid"):
+        TableUnpickler(io.BytesIO(pickle.dumps(os.getpid))).load()
