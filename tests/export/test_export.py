@@ -18,6 +18,7 @@ from trainer.export.sealed import KEY_VARIABLE
 from trainer.formats.catalogue import format_of
 from trainer.generate import generate_texts
 from trainer.restore import restore_run
+from trainer.tasks import Decoding
 
 transformers = pytest.importorskip("transformers")
 pyrage = pytest.importorskip("pyrage")
@@ -89,7 +90,7 @@ def test_transformers_alone_writes_the_translations_of_a_marian_run(tmp_path: Pa
     texts = ["Turn on the light", "The door of the garage is open and nobody is at home", "Off"]
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     for beams, said in ((None, {}), (1, {"num_beams": 1})):
-        expected = generate_texts(restored.task, restored.model, texts, beam_size=beams, max_length=12)
+        expected = generate_texts(restored.task, restored.model, texts, Decoding(beams, 12))
         written = model.generate(**inputs, max_length=13, **said)
         assert [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)] == expected
     assert all(expected)
