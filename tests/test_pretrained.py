@@ -200,6 +200,14 @@ def test_the_bias_that_the_first_t5_have_saved_for_nothing_is_left_out(folder: P
     opened(folder)
 
 
+def test_a_bart_without_a_bias_of_the_output_is_told_that_the_folder_has_one(tmp_path: Path) -> None:
+    theirs = test_bart.make("bart")
+    theirs.save_pretrained(tmp_path)
+    part = {**part_of(theirs.config.to_dict()), "head_bias": False, "d_kv": 8}  # d_kv is what null stands for
+    with pytest.raises(ConfigError, match=r"; set model\.head_bias=true\.$"):
+        open_weights(f"hf:{tmp_path}", "runs", part, {})
+
+
 def spoil(folder: Path, name: str, text: str | None) -> None:
     (folder / name).unlink(missing_ok=True)
     if text is not None:

@@ -120,9 +120,9 @@ class _HubWeights:
     """A folder with config.json and safetensors."""
 
     def __init__(self, folder: Path, model: Mapping[str, Any], shapes: Shapes) -> None:
-        self._folder = folder
         from trainer.formats.catalogue import format_of
 
+        self._folder = folder
         self._form = format_of(model, None)
         self._files = _files(folder)
         self._pieces: dict[str, list[Tensor]] = {}
@@ -290,7 +290,8 @@ def _matters(model: Mapping[str, Any], key: str, value: Any) -> bool:
     try:
         from trainer.formats.catalogue import format_of
 
-        return format_of({**model, key: value}, None).config != format_of(model, None).config
+        one, other = format_of({**model, key: value}, None), format_of(model, None)
+        return (one.config, one.tensors) != (other.config, other.tensors)
     except ConfigError:  # the model has no counterpart, so neither is known to be the same
         return True
 
