@@ -110,8 +110,12 @@ def _write_tokenizer(folder: Path, found: FoundRun, form: Format) -> None:
     tokenizer = found.tokenizer
     if tokenizer is None:
         return
-    tokenizer.save(folder / "tokenizer.json")
+    (tokenizer.between_ends() if form.between_ends else tokenizer).save(folder / "tokenizer.json")
     tokens = {"pad_token": tokenizer.pad_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    if form.between_ends:
+        tokens |= {"cls_token": tokenizer.bos_id, "sep_token": tokenizer.eos_id}
+    if tokenizer.mask_id is not None:
+        tokens["mask_token"] = tokenizer.mask_id
     named = {name: tokenizer.token_of(id_) for name, id_ in tokens.items()}
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})
     special = {key: value for key, value in form.config.items() if key.endswith("_token_id")}

@@ -39,7 +39,8 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """architecture: the class in transformers; config: its config.json; tensors: in the order of our parameters.
+    """architecture: the class in transformers; config: its config.json; tensors: in the order of our parameters;
+    between_ends: whether its texts are read between a begin and an end token, which their tokenizer has to add.
 
     For reading what others wrote: prefix: of names, which a checkpoint of the bare model has not ("bert."); twins:
     other names of a tensor (tied weights: {"lm_head.weight": "model.embed_tokens.weight"}); ignored: regular
@@ -53,3 +54,4 @@ class Format:
     twins: Mapping[str, str] = field(default_factory=dict)
     ignored: Sequence[str] = ()
     fresh: Sequence[str] = ()
+    between_ends: bool = False
