@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,6 +80,16 @@ def test_further_special_tokens_are_in_no_text_and_change_nothing_else() -> None
     assert all(tokenizer.mask_id is None for tokenizer in TOKENIZERS.values())
     with pytest.raises(ConfigError, match=r"tokenizer.special_tokens: <s> would be there twice"):
         TrainedTokenizer("bpe", 300, special_tokens=["<s>"])
+
+
+def test_others_may_let_it_add_the_ends() -> None:
+    ours = TOKENIZERS["bpe"]
+    theirs = tokenizers.Tokenizer.from_str(ours.between_ends().to_json())
+    (first, second) = ours.encode_batch(["one", "two"])
+    pair = theirs.encode("one", "two")
+    assert pair.ids == [1, *first, 2, *second, 2]
+    assert pair.type_ids == [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    assert ours.between_ends().between_ends().to_json() == ours.between_ends().to_json()
 
 
 def test_vocabularies_that_do_not_fit_are_refused(tmp_path: Path) -> None:

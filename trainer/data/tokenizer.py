@@ -107,6 +107,17 @@ class Tokenizer:
         """The vocabulary: names and ids."""
         return dict(self._backend.get_vocab(with_added_tokens=True))
 
+    def between_ends(self) -> Tokenizer:
+        """The same for those who let a tokenizer add special tokens: begin token, text, end token, and a second text
+        with its end. One that adds some of its own stays what it is."""
+        backend = _library().Tokenizer.from_str(self._json)
+        if backend.post_processor is None:
+            bos, eos = self.token_of(self.bos_id), self.token_of(self.eos_id)
+            ends = [(bos, self.bos_id), (eos, self.eos_id)]
+            template = _library().processors.TemplateProcessing
+            backend.post_processor = template(f"{bos} $A {eos}", f"{bos} $A {eos} $B:1 {eos}:1", ends)
+        return Tokenizer.from_json(backend.to_str())
+
     def to_json(self) -> str:
         """The whole tokenizer; `from_json` reads it back. The very text it was read from, if it was."""
         return self._json

@@ -29,7 +29,7 @@ def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str) -> Non
         if isinstance(task, Chats):
             chat_template = task.chat_template
             special["eos_token_id"] = sorted({special["eos_token_id"], task.end_id})
-        _write_tokenizer(folder, found.tokenizer, pairs, chat_template)
+        _write_tokenizer(folder, found.tokenizer, form, chat_template)
         _write_json(folder / "generation_config.json", {**special, **_generation(found, pairs)})
     for name, value in form.files.items():
         _write_json(folder / name, value)
@@ -62,15 +62,19 @@ def _generation(found: FoundRun, pairs: bool) -> dict[str, Any]:
     return told if pad == found.tokenizer.eos_id else {**told, "suppress_tokens": [pad]}
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, ends_texts: bool, chat_template: str | None) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, form: Format, chat_template: str | None) -> None:
     """tokenizer.json as the run has it, and what transformers wants to know besides.
 
-    ends_texts: the end token follows each text, as the tasks of encoder-decoders have it.
+    The end token follows each text of an encoder-decoder, as its tasks have it; an encoder's stand between two ends.
     """
-    tokenizer.save(folder / "tokenizer.json")
+    (tokenizer.between_ends() if form.between_ends else tokenizer).save(folder / "tokenizer.json")
     tokens = {"pad_token": tokenizer.pad_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    if form.between_ends:
+        tokens |= {"cls_token": tokenizer.bos_id, "sep_token": tokenizer.eos_id}
+    if tokenizer.mask_id is not None:
+        tokens["mask_token"] = tokenizer.mask_id
     named = {name: tokenizer.token_of(id_) for name, id_ in tokens.items()}
-    if ends_texts:
+    if form.config.get("is_encoder_decoder"):
         ending = {"post_processor": _ending(named["eos_token"], tokenizer.eos_id)}
         _write_json(folder / "tokenizer.json", {**json.loads(tokenizer.to_json()), **ending})
     more: dict[str, Any] = {

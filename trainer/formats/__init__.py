@@ -42,7 +42,8 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """architecture: the class in transformers; config: its config.json; tensors: in the order of our parameters.
+    """architecture: the class in transformers; config: its config.json; tensors: in the order of our parameters;
+    between_ends: whether its texts are read between a begin and an end token, which their tokenizer has to add.
 
     For reading what others wrote: prefix: of names, which a checkpoint of the bare model has not ("bert."); twins:
     other names of a tensor (tied weights: {"lm_head.weight": "model.embed_tokens.weight"}); ignored: regular
@@ -60,6 +61,7 @@ class Format:
     fresh: Sequence[str] = ()
     constants: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    between_ends: bool = False
 
 
 def unlike(given: Mapping[str, Any], wanted: Mapping[str, Any], family: str) -> list[str]:

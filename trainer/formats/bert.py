@@ -57,6 +57,7 @@ def describe(given: Mapping[str, Any]) -> Format:
         twins=twins,
         ignored=[r"^cls\.", r"^classifier\.", r"^(bert\.)?pooler\.", r"embeddings\.position_ids$"],
         fresh=[one.ours for one in top],
+        between_ends=True,
     )
 
 
