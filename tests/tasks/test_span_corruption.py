@@ -53,7 +53,7 @@ def restored(sample: Encoded) -> list[int]:
 
 
 def test_t5s_own_lengths_come_out() -> None:
-    """512 tokens of input are made of 568, and the target has 114 (Raffel et al. 2020, footnote 9 and their code)."""
+    """512 tokens of input are made of 568, and the target has 114 (as in the code of Raffel et al. 2020)."""
     denoiser = Denoiser(0.15, 3)
     assert denoiser.raw_length(512) == 568
     assert denoiser.lengths(568) == (512, 114)
