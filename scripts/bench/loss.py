@@ -90,10 +90,12 @@ def main() -> None:
         for name, loss in losses.items():
             seconds[name].append(learn(loss, *case)[:2])
     logits_and_gradient = 2 * options.tokens * options.vocabulary * dtype.itemsize
-    print("loss    seconds   of plain   processor   of plain   peak MiB   of logits and gradient")
+    timed = (0, 1) if options.pairs else ()
+    times = "seconds   of plain   processor   of plain   " if timed else ""
+    print(f"loss    {times}peak MiB   of logits and gradient")
     for name in losses:
         line = f"{name:6}"
-        for kind in (0, 1):
+        for kind in timed:
             beside = zip(seconds[name], seconds["plain"], strict=True)
             ratio = statistics.median(own[kind] / other[kind] for own, other in beside)
             line += f" {statistics.median(one[kind] for one in seconds[name]):8.2f} {ratio:10.3f}  "
