@@ -15,7 +15,7 @@ from trainer.models.decoder import Decoder
 from trainer.models.encoder import Encoder
 from trainer.models.encoder_decoder import EncoderDecoder
 from trainer.models.hf import HFModel
-from trainer.models.scaled_decoder import as_decoder
+from trainer.models.scaling import as_decoder
 from trainer.models.speech import SpeechToText
 from trainer.models.vit import ViT
 

@@ -32,12 +32,10 @@ def obstacles(given: Mapping[str, Any]) -> list[str]:
 def describe(given: Mapping[str, Any]) -> Format:
     """See `trainer.formats`."""
     kind = "qwen3" if given["qk_norm"] else "qwen2"
-    told = {"model_type": kind, **common_config(given), "use_sliding_window": False}
-    if kind == "qwen3":
-        told["attention_bias"] = False
+    config = {"model_type": kind, **common_config(given), "use_sliding_window": False}
     return Format(
         f"{kind.capitalize()}ForCausalLM",
-        told,
+        config,
         list(common_tensors(given)),
         prefix="model.",
         twins=common_twins(given),
