@@ -14,6 +14,7 @@ from trainer.models.attention import SelfAttention, padding_bias, segment_bias
 from trainer.models.base import Model
 from trainer.models.layers import (
     FeedForward,
+    HeadLoss,
     PositionEmbedding,
     Projection,
     TokenEmbedding,
@@ -94,7 +95,7 @@ class Encoder(Model):
         self.dropout = dropout
         self.objective = "text_classification" if head == "classification" else head
         self.packs_rows = self.splits_positions = head != "classification"  # which looks at first positions
-        masked_lm = head == "masked_lm"
+        self.fuses_loss = masked_lm = head == "masked_lm"
         self.embedding = TokenEmbedding(vocab_size, d_model, init_std, head_bias=masked_lm)
         self.positions = PositionEmbedding(max_positions, d_model, init_std)
         self.token_types = TokenEmbedding(token_types, d_model, init_std)
@@ -117,8 +118,9 @@ class Encoder(Model):
         self.pooler = None if masked_lm else Projection(d_model, square, bias=True)
         self.classifier = Projection(d_model, [(num_classes, init_std)], bias=True) if num_classes else None
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """input_ids [B,T] -> logits [B,T,V] of the masked language model, [B,C] of the classifier, else [B,T,d_model].
+    def forward(self, batch: Mapping[str, Tensor], head_loss: HeadLoss | None = None) -> Tensor:
+        """input_ids [B,T] -> logits [B,T,V] of the masked language model, or its `head_loss` (see `trainer.models`);
+        [B,C] of the classifier, else [B,T,d_model].
 
         Optional: attention_mask [B,T] bool; token_type_ids [B,T] int64, else all 0; segment_ids, position_ids [B,T] of
         packed rows.
@@ -126,7 +128,7 @@ class Encoder(Model):
         x = self._encode(batch)
         if self.transform is not None and self.transform_norm is not None:
             x = self.transform_norm(F.gelu(self.transform(x)))
-            logits: Tensor = self.embedding(x, as_head=True)
+            logits: Tensor = self.embedding(x, as_head=True, head_loss=head_loss)
             return logits
         if self.classifier is not None:
             classes: Tensor = self.classifier(dropout(self.pool(x), self.dropout, self.training))

@@ -13,7 +13,7 @@ from trainer.models.attention import padding_bias
 from trainer.models.base import Model
 from trainer.models.cache import AttentionState, KeyValueCache, Memory
 from trainer.models.encoder_decoder import Layer
-from trainer.models.layers import PositionEmbedding, TokenEmbedding, dropout, make_norm, matrix_size
+from trainer.models.layers import HeadLoss, PositionEmbedding, TokenEmbedding, dropout, make_norm, matrix_size
 from trainer.models.positions import sinusoids
 
 NORM_EPS = 1e-5
@@ -29,6 +29,8 @@ class SpeechToText(Model):
     outputs; attention_dropout: of attention weights; activation_dropout: inside the feed-forward. max_source_positions:
     of the encoder, half as many as the most frames; max_positions: tokens of the longest text. Raises ConfigError.
     """
+
+    fuses_loss = True
 
     def __init__(
         self,
@@ -80,14 +82,15 @@ class SpeechToText(Model):
         self.decoder = nn.ModuleList(layer(cross=True) for _ in range(decoder_layers))
         self.decoder_norm = new_norm()
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """features [B,S,num_mels] float, source_mask [B,S] bool or none, decoder_input_ids [B,T] -> logits [B,T,V]."""
+    def forward(self, batch: Mapping[str, Tensor], head_loss: HeadLoss | None = None) -> Tensor:
+        """features [B,S,num_mels] float, source_mask [B,S] bool or none, decoder_input_ids [B,T] -> logits [B,T,V],
+        or the `head_loss` (see `trainer.models`)."""
         memory, memory_bias = self._encode(batch)
         x = self._embed(batch["decoder_input_ids"], 0)
         for layer in self.decoder:
             keys_values = layer.keys_values(memory)  # type: ignore[operator]
             x = layer(x, bias=None, causal=True, keys_values=keys_values, memory_bias=memory_bias)
-        return self._logits(x)
+        return self._logits(x, head_loss)
 
     def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Memory [B, ceil(S / 2), d_model], and the bias [B, 1, 1, ceil(S / 2)] that hides its padding, if there is a
@@ -116,8 +119,9 @@ class SpeechToText(Model):
         x: Tensor = self.embedding(ids) + self.decoder_positions(start, ids.shape[1])
         return dropout(x, self.dropout, self.training)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.embedding(self.decoder_norm(x), as_head=True)  # type: ignore[no-any-return]
+    def _logits(self, x: Tensor, head_loss: HeadLoss | None = None) -> Tensor:
+        logits: Tensor = self.embedding(self.decoder_norm(x), as_head=True, head_loss=head_loss)
+        return logits
 
     def start_decoding(self, batch: Mapping[str, Tensor]) -> AttentionState:
         """Encode features [B,S,num_mels] (source_mask [B,S]); each decoder layer's memory keys and values, once."""
