@@ -108,8 +108,8 @@ class Tokenizer:
         return dict(self._backend.get_vocab(with_added_tokens=True))
 
     def between_ends(self) -> Tokenizer:
-        """The same for those who let a tokenizer add special tokens: begin token, text, end token, and a second text
-        with its end. One that adds some of its own stays what it is."""
+        """The same, made to add special tokens for those who let it: begin token, text, end token, and a second text
+        and its end. One that adds some already stays what it is."""
         backend = _library().Tokenizer.from_str(self._json)
         if backend.post_processor is None:
             bos, eos = self.token_of(self.bos_id), self.token_of(self.eos_id)
