@@ -13,6 +13,7 @@ from trainer.errors import ConfigError
 from trainer.formats import Format, gpt2, llama, qwen, t5
 from trainer.models.decoder import Decoder
 from trainer.models.encoder_decoder import EncoderDecoder
+from trainer.models.scaled_decoder import as_decoder
 
 _FAMILIES: dict[type, tuple[ModuleType, ...]] = {Decoder: (llama, qwen, gpt2), EncoderDecoder: (t5,)}
 """For each model of ours, the families that it can be, the usual ones first."""
@@ -23,6 +24,7 @@ def format_of(part: Mapping[str, Any], tokenizer: Tokenizer | None) -> Format:
 
     Raises ConfigError where there is none, with what stands in the way of the nearest.
     """
+    part = as_decoder(part)
     known = {model.__name__: model for model in _FAMILIES}
     name = part["_target_"].rpartition(".")[2]
     if name not in known:
