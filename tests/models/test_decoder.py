@@ -10,6 +10,21 @@ import torch
 from trainer.errors import ConfigError
 from trainer.models.decoder import Decoder
 
+VARIANTS = {
+    "llama": {},
+    "yarn": {"rotary_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "qwen2": {"bias": "qkv"},
+    "qwen3": {"qk_norm": True, "head_dim": 12},
+    "gpt2": {
+        "positions": "learned",
+        "norm": "layer",
+        "activation": "gelu_tanh",
+        "bias": "all",
+        "num_kv_heads": None,
+        "tie_embeddings": True,
+    },
+}
+
 
 def build(**options):
     model = Decoder(50, **{"d_model": 32, "num_heads": 4, "num_kv_heads": 2, "d_ff": 64, "num_layers": 2, **options})
@@ -17,13 +32,24 @@ def build(**options):
     return model.eval()
 
 
+def build_variant(variant):
+    """Of weights among which biases and norms' weights count too."""
+    model = build(**VARIANTS[variant], init_std=0.1)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
 def make_ids(size=3, length=9):
     return torch.randint(0, 50, (size, length), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prompt", [1, 5])
-def test_cached_decoding_gives_the_logits_of_one_forward_pass(prompt):
-    model, ids = build(tie_embeddings=True), make_ids(length=50)
+def test_cached_decoding_gives_the_logits_of_one_forward_pass(prompt, variant):
+    model, ids = build_variant(variant), make_ids(length=50)
     with torch.inference_mode():
         state = model.start_decoding({"input_ids": ids[:, :prompt]})
         assert torch.equal(state.first_ids, ids[:, prompt - 1])
@@ -32,9 +58,10 @@ def test_cached_decoding_gives_the_logits_of_one_forward_pass(prompt):
     torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_prompts_padded_on_either_side_go_on_as_if_alone(side):
-    model, ids, lengths = build(), make_ids(), (6, 3, 1)
+def test_prompts_padded_on_either_side_go_on_as_if_alone(side, variant):
+    model, ids, lengths = build_variant(variant), make_ids(), (6, 3, 1)
     prompts, mask = torch.zeros(3, 6, dtype=torch.int64), torch.zeros(3, 6, dtype=torch.bool)
     for row, length in enumerate(lengths):
         place = slice(0, length) if side == "right" else slice(6 - length, 6)
@@ -53,9 +80,11 @@ def test_prompts_padded_on_either_side_go_on_as_if_alone(side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_changes_nothing_and_gives_no_nan(side, dtype):
-    model, ids = build().to(dtype), make_ids(2, 6)
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [*((variant, torch.float32) for variant in VARIANTS), ("llama", torch.bfloat16)]
+)
+def test_padding_changes_nothing_and_gives_no_nan(side, variant, dtype):
+    model, ids = build(**VARIANTS[variant]).to(dtype), make_ids(2, 6)
     padded, mask = torch.zeros(3, 10, dtype=torch.int64), torch.zeros(3, 10, dtype=torch.bool)
     place = slice(0, 6) if side == "right" else slice(4, 10)
     padded[:2, place], mask[:2, place] = ids, True
@@ -169,20 +198,24 @@ def test_the_large_shapes_have_their_exact_parameter_counts(vocab_size, shape, c
     assert sum(parameter.numel() for parameter in theirs.parameters()) == count
 
 
-def test_initial_deviations():
-    model = Decoder(2000, d_model=128, num_heads=4, d_ff=512, num_layers=8, init_std=0.03)
+INTO_THE_STREAM = 0.03 / math.sqrt(2 * 8)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_first_values_are_those_of_the_table(variant):
+    """The table in docs/models.md: every parameter of every variant has its row."""
+    shape = {"d_model": 128, "num_heads": 8, "d_ff": 512, "num_layers": 8, "init_std": 0.03, "max_positions": 512}
+    model = Decoder(2000, **{**shape, **VARIANTS[variant], "tie_embeddings": False})
     model.reset_parameters(torch.Generator().manual_seed(0))
-    layer = model.layers[3]
-    for weight, std in [
-        (model.embedding.weight, 0.03),
-        (model.head.weight, 0.03),
-        (layer.attention.qkv.weight, 0.03),
-        (layer.feed_forward.w_in.weight, 0.03),
-        (layer.attention.out.weight, 0.03 / 4),
-        (layer.feed_forward.w_out.weight, 0.03 / 4),
-    ]:
-        assert math.isclose(weight.std().item(), std, rel_tol=0.03)
-    assert (layer.attention_norm.weight == 1).all()
+    for name, value in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            assert (value == 1).all(), name
+        elif name.endswith("bias"):
+            assert (value == 0).all(), name
+        else:
+            std = INTO_THE_STREAM if name.endswith(("attention.out.weight", "w_out.weight")) else 0.03
+            assert value.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(value.mean().item()) < 5 * std / math.sqrt(value.numel()), name
 
 
 def test_a_model_built_on_meta_computes_what_one_built_directly_does():
@@ -209,7 +242,23 @@ def test_flops_count_every_matrix_once_per_position():
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"num_kv_heads": 3}, "model.num_kv_heads=3"), ({"d_model": 36}, "model.head_dim=9")],
+    [
+        ({"num_kv_heads": 3}, "model.num_kv_heads=3"),
+        ({"d_model": 36}, "model.head_dim=9"),
+        ({"d_model": 34}, "model.d_model=34 does not divide by model.num_heads=4; change one or set model.head_dim"),
+        ({"positions": "learned", "rotary_scaling": {"rope_type": "linear", "factor": 2.0}}, "set it to null"),
+        (
+            {"rotary_scaling": {"rope_type": "lama3"}},
+            "lama3 is not known; did you mean llama3. Known are linear",
+        ),
+        ({"rotary_scaling": {"factor": 2.0}}, "rope_type=None is not known"),
+        ({"rotary_scaling": {"rope_type": "linear"}}, "model.rotary_scaling.factor is missing: rope_type=linear"),
+        ({"rotary_scaling": {"rope_type": "linear", "factor": -1}}, "factor=-1 is no number above 0"),
+        (
+            {"rotary_scaling": {"rope_type": "linear", "factor": 2, "beta": 1}},
+            "model.rotary_scaling.beta=1 is none of rope_type=linear, which has factor",
+        ),
+    ],
 )
 def test_shapes_that_do_not_fit_are_refused(options, named):
     with pytest.raises(ConfigError, match=named):

@@ -26,7 +26,10 @@ VARIANTS = {
     "t5": T5,
     "post-norm": {"norm_position": "post", "activation": "gelu"},
     "llama": {},
+    "qwen3": {"qk_norm": True},
+    "gpt2": {"positions": "learned", "norm": "layer", "activation": "gelu_tanh", "bias": "all", "max_positions": 12},
 }
+DECODERS = ("llama", "qwen3", "gpt2")
 ROW = (12, 10)
 LENGTHS = [[(12, 1)], [(3, 4), (1, 2), (5, 1), (3, 3)], [(2, 8), (4, 1)], [(5, 10)], [(1, 1)]]
 """(source, target) lengths of the samples of each row; the decoder-only model takes the targets."""
@@ -36,7 +39,7 @@ TOKENIZER = SimpleNamespace(pad_id=0, bos_id=1, eos_id=2)
 @cache
 def build(variant, **options):
     shape = {"d_model": 32, "num_heads": 4, "d_ff": 64, **VARIANTS[variant], **options}
-    if variant == "llama":
+    if variant in DECODERS:
         model = Decoder(50, **shape, num_kv_heads=2, num_layers=2, init_std=0.2)
         task = CausalLM(TOKENIZER, "text", sequence_length=12)
     else:
@@ -107,7 +110,7 @@ def test_logits_are_those_of_each_sample_alone_however_rows_are_filled(variant, 
     check_logits(model, task, make_rows(task, lengths, seed))
 
 
-@pytest.mark.parametrize("variant", ["sinusoidal", "learned", "t5"])
+@pytest.mark.parametrize("variant", ["sinusoidal", "learned", "t5", "gpt2"])
 def test_a_row_may_be_longer_than_the_positions_that_the_model_knows(variant):
     model, task = build(variant, max_positions=4)
     check_logits(model, task, make_rows(task, [[(4, 4), (4, 1), (1, 4)]]))

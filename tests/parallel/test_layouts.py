@@ -38,6 +38,11 @@ MODELS: dict[str, Any] = {
         positions="learned",
     ),
     "decoder": lambda: Decoder(50, d_model=32, num_heads=8, num_kv_heads=4, d_ff=48, num_layers=2),
+    "qwen3": lambda: Decoder(50, d_model=32, num_heads=8, num_kv_heads=4, d_ff=48, num_layers=1, qk_norm=True),
+    "gpt2": lambda: Decoder(
+        50, d_model=32, num_heads=8, d_ff=48, num_layers=1, max_positions=64, positions="learned", norm="layer",
+        activation="gelu_tanh", bias="all", tie_embeddings=True,
+    ),
 }  # fmt: skip
 
 
@@ -59,7 +64,7 @@ def batch_of(kind: str, packed: bool, rows: int = 3, length: int = 11) -> dict[s
     labels = ids(length)
     target_segments, target_positions = segments(length)
     labels[target_segments == 0 if packed else torch.arange(length) >= sizes] = IGNORE
-    if kind == "decoder":
+    if kind in ("decoder", "qwen3", "gpt2"):
         batch = {"input_ids": ids(length), "attention_mask": labels != IGNORE, "labels": labels}
         return batch | ({"segment_ids": target_segments, "position_ids": target_positions} if packed else {})
     source = ids(length + 2)
@@ -130,7 +135,7 @@ def piece_of(name: str, values: torch.Tensor, like: Fragment | None = None) -> F
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kinds", [["transformer", "post_norm"], ["t5", "decoder"]])
+@pytest.mark.parametrize("kinds", [["transformer", "post_norm"], ["t5", "decoder", "qwen3", "gpt2"]])
 def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path: Path, kinds: list[str]) -> None:
     mp.spawn(compare, args=(str(tmp_path), kinds), nprocs=RANKS)
 
