@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 from trainer.formats import Format, gpt2, llama, qwen, t5
 from trainer.models.decoder import Decoder
 from trainer.models.encoder_decoder import EncoderDecoder
-from trainer.models.scaled_decoder import as_decoder
+from trainer.models.scaling import as_decoder
 
 _FAMILIES: dict[type, tuple[ModuleType, ...]] = {Decoder: (llama, qwen, gpt2), EncoderDecoder: (t5,)}
 """For each model of ours, the families that it can be, the usual ones first."""

@@ -54,7 +54,9 @@ def head_dim(given: Mapping[str, Any]) -> int:
 
 def common_config(given: Mapping[str, Any]) -> dict[str, Any]:
     """The part of config.json that all of the family have."""
-    config = {
+    rope = {"rope_type": "default", "rope_theta": given["rotary_base"], **(given["rotary_scaling"] or {})}
+    as_before = {"rope_scaling": rope} if given["rotary_scaling"] else {}  # as readers before transformers 5 call it
+    return {
         "vocab_size": given["vocab_size"],
         "hidden_size": given["d_model"],
         "intermediate_size": given["d_ff"],
@@ -66,15 +68,12 @@ def common_config(given: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": given["max_positions"],
         "rms_norm_eps": given["norm_eps"],
         "rope_theta": given["rotary_base"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": given["rotary_base"]},
+        "rope_parameters": rope,
+        **as_before,
         "attention_dropout": given["attention_dropout"],
         "tie_word_embeddings": given["tie_embeddings"],
         "initializer_range": given["init_std"],
     }
-    if given["rotary_scaling"] is not None:
-        config["rope_parameters"] |= given["rotary_scaling"]
-        config["rope_scaling"] = config["rope_parameters"]  # as readers before transformers 5 call it
-    return config
 
 
 def common_tensors(given: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -33,8 +33,6 @@ def describe(given: Mapping[str, Any]) -> Format:
     """See `trainer.formats`."""
     kind = "qwen3" if given["qk_norm"] else "qwen2"
     config = {"model_type": kind, **common_config(given), "use_sliding_window": False}
-    if kind == "qwen3":
-        config["attention_bias"] = False
     return Format(
         f"{kind.capitalize()}ForCausalLM",
         config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from trainer.models.layers import (
 )
 from trainer.models.positions import rotary_tables
 from trainer.models.rotary import make_scaling
+from trainer.models.scaling import scaled_shape
 
 BiasKind = Literal["none", "qkv", "all"]
 Rotary = tuple[Tensor, Tensor]
@@ -257,6 +259,35 @@ class Decoder(Model):
         matrices = matrix_size(self.layers) + self.vocab_size * self.d_model
         scores = len(self.layers) * self.num_heads * self.head_dim * target_length**2
         return 6.0 * matrices * target_length + 12.0 * scores
+
+
+class ScaledDecoder(Decoder):
+    """A `Decoder` of the shape that `scaled_shape` finds for `parameters`; the rest is as there."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        parameters: float,
+        group_size: int = 1,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        tie_embeddings: bool = False,
+        rotary_base: float = 10_000.0,
+        norm_eps: float = 1e-5,
+        init_std: float = 0.02,
+        max_positions: int = 2048,
+    ) -> None:
+        super().__init__(
+            vocab_size,
+            **asdict(scaled_shape(parameters, vocab_size, tie_embeddings, group_size)),
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            tie_embeddings=tie_embeddings,
+            rotary_base=rotary_base,
+            norm_eps=norm_eps,
+            init_std=init_std,
+            max_positions=max_positions,
+        )
 
 
 def _check(

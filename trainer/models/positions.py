@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.models.layers import TokenEmbedding
-from trainer.models.rotary import RotaryScaling
+
+if TYPE_CHECKING:
+    from trainer.models.rotary import RotaryScaling
 
 BLOCK = 512
 """Tables are made for a multiple of so many positions and sliced, so that few are ever made."""

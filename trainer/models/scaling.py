@@ -1,4 +1,4 @@
-"""A `Decoder` of about as many parameters as one says: how deep and wide it is follows from the number alone."""
+"""How deep and wide a decoder of about so many parameters is: a function of that number and the vocabulary alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.models.decoder import Decoder
 
 ASPECT = 128
 """d_model per layer: that of Llama at 7 and 13 billion parameters (Touvron et al. 2023, table 2: 4096 / 32, 5120 / 40).
@@ -81,40 +80,12 @@ def _layer_of_width(d_model: int, group_size: int) -> Shape:
     return Shape(d_model, heads, heads // group_size, d_ff=max(round(8 / 3 * d_model / UNIT), 1) * UNIT)
 
 
-class ScaledDecoder(Decoder):
-    """A `Decoder` of the shape that `scaled_shape` finds for `parameters`; the rest is as there."""
-
-    def __init__(
-        self,
-        vocab_size: int,
-        parameters: float,
-        group_size: int = 1,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        tie_embeddings: bool = False,
-        rotary_base: float = 10_000.0,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        max_positions: int = 2048,
-    ) -> None:
-        super().__init__(
-            vocab_size,
-            **asdict(scaled_shape(parameters, vocab_size, tie_embeddings, group_size)),
-            dropout=dropout,
-            attention_dropout=attention_dropout,
-            tie_embeddings=tie_embeddings,
-            rotary_base=rotary_base,
-            norm_eps=norm_eps,
-            init_std=init_std,
-            max_positions=max_positions,
-        )
-
-
 def as_decoder(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration's model part; that of a ScaledDecoder as the part of the Decoder that it is."""
-    if part["_target_"] != f"{ScaledDecoder.__module__}.{ScaledDecoder.__name__}":
+    """A configuration's model part; that of a `ScaledDecoder` as the part of the `Decoder` that it is."""
+    module, _, name = part["_target_"].rpartition(".")
+    if name != "ScaledDecoder":
         return part
     rest = dict(part)
     parameters, group_size = rest.pop("parameters"), rest.pop("group_size", 1)
     shape = scaled_shape(parameters, part["vocab_size"], part.get("tie_embeddings", False), group_size)
-    return {**rest, **asdict(shape), "_target_": f"{Decoder.__module__}.{Decoder.__name__}"}
+    return {**rest, **asdict(shape), "_target_": f"{module}.Decoder"}

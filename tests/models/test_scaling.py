@@ -11,7 +11,8 @@ from trainer.composition import compose
 from trainer.config import to_config
 from trainer.errors import ConfigError
 from trainer.formats.catalogue import format_of
-from trainer.models.scaled_decoder import ScaledDecoder, Shape, scaled_shape
+from trainer.models.decoder import ScaledDecoder
+from trainer.models.scaling import Shape, scaled_shape
 
 TARGETS = [2e6 * 1.37**step for step in range(35)]  # to 88 billion
 
