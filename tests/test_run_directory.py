@@ -12,7 +12,7 @@ from chaos_job import small_disk
 
 from trainer.composition import compose
 from trainer.config import config_from_yaml, to_config
-from trainer.errors import SetupError
+from trainer.errors import ConfigError, SetupError
 from trainer.run_directory import RunDirectory
 
 
@@ -42,6 +42,21 @@ def test_what_a_kill_has_left_is_taken_away(tmp_path: Path) -> None:
         leftover.write_text("half a")
     directory.claim(config, [], {}, {}, None)
     assert not any(leftover.exists() for leftover in leftovers) and directory.config.exists()
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """An argument that a class got later had its default; another value of it is a difference, as ever."""
+    words = ["experiment=quickstart", f"runs_dir={tmp_path}"]
+    config = to_config(compose(words))
+    directory = RunDirectory.of(config)
+    directory.claim(config, [], {}, {}, None)
+    text = directory.config.read_text()
+    assert "  norm_eps: 1.0e-06\n" in text and "  special_tokens: []\n" in text
+    earlier = text.replace("  norm_eps: 1.0e-06\n", "").replace("  special_tokens: []\n", "")
+    directory.config.write_text(earlier)
+    directory.check(config)
+    with pytest.raises(ConfigError, match=r"model.norm_eps: 1e-06 -> 0.5"):
+        directory.check(to_config(compose([*words, "model.norm_eps=0.5"])))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

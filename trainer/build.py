@@ -11,6 +11,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -98,6 +99,23 @@ def part_problems(values: Mapping[str, Any]) -> list[str]:
         for key, part, runtime in parts
         for problem in (_forbidden(part.get("_target_"), key, allowed) or check(part, key, runtime))
     ]
+
+
+def with_defaults(old: Config, new: Config) -> Config:
+    """`old` with the defaults of arguments that a part did not have yet when it was written, so that a run goes on in a
+    later version. Only parts of the same class as in `new`, whose classes are known to be allowed."""
+    completed = {}
+    for key in PARTS:
+        part, now = getattr(old, key), getattr(new, key)
+        if part and now and part["_target_"] == now["_target_"]:
+            known = inspect.signature(_resolve(part["_target_"], key)).parameters
+            later = {name: known[name].default for name in now if name in known and name not in part}
+            completed[key] = part | {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in later.items()
+                if value is not inspect.Parameter.empty
+            }
+    return replace(old, **completed)
 
 
 def _parts_of_data(

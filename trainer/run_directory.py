@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from trainer.build import with_defaults
 from trainer.config import Config, Resume, config_from_yaml, config_to_dict, differences
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import CheckpointError, ConfigError, DataError, SetupError
@@ -148,7 +149,7 @@ def _check_same(config: Config, place: str, written: Callable[[], Config]) -> No
     """Refuse to go on with the run in `place`, where that must not be. Raises ConfigError."""
     if config.resume == Resume.never:
         raise ConfigError(f"resume=never, but {place} exists; choose another name, or resume=auto to go on with it.")
-    changed = differences(written(), config)
+    changed = differences(with_defaults(written(), config), config)
     if changed:
         raise ConfigError(
             f"{place} was written by another configuration; choose another name=..., or undo the difference:\n  "
