@@ -211,3 +211,23 @@ def test_it_goes_to_worker_processes(tokenizer: Tokenizer) -> None:
     task = Chat(tokenizer, chat_template=CHATML)
     copy = pickle.loads(pickle.dumps(task))
     assert encoded(copy, LONG)[0].fields["ids"].tolist() == encoded(task, LONG)[0].fields["ids"].tolist()
+
+
+def test_a_tokenizer_learns_from_what_is_said() -> None:
+    from trainer.parts import _texts
+
+    class Records:
+        def records(self, split: str) -> list[tuple[str, Any]]:
+            return [("0", {"messages": LONG}), ("1", {"messages": ["no message"]}), ("2", {"messages": "plain"})]
+
+    data: Any = type("Data", (), {"datasets": {"": Records()}})()
+    assert list(_texts(data, {"": ["messages"]})) == ["Why?", "So.", "And?", "No, nö.", "plain"]
+
+
+def test_people_can_look_at_a_sample(tokenizer: Tokenizer) -> None:
+    from trainer.inspect.tally import show_fields
+
+    task = Chat(tokenizer)
+    (sample,) = encoded(task, LONG)
+    ids, labels = show_fields(sample, tokenizer)
+    assert "Why?" in ids.text and labels.text.startswith("int64 from -100")

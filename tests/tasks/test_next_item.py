@@ -27,7 +27,7 @@ def test_each_item_is_predicted_from_those_before_it() -> None:
     batch = task.collate([train, held])
     assert batch["input_ids"].tolist() == [[3, 1, 0], [3, 1, 2]]
     assert batch["labels"].tolist() == [[1, 2, IGNORE], [IGNORE, IGNORE, 5]]
-    assert batch["seen"].tolist() == [[4, 0, 0], [2, 3, 4]]
+    assert batch["seen"].tolist() == [[0, 4, 0, 0], [0, 2, 3, 4]]
     assert (train.num_target_tokens, held.num_target_tokens) == (2, 1)
     assert task.num_positions(batch) == (6, 1)
     assert not isinstance(task, PacksRows)
@@ -43,7 +43,7 @@ def test_long_histories_go_on_in_training_and_keep_the_latest_when_held_out() ->
     ]
     (kept,) = task.pieces(held)
     assert (kept.fields["ids"].tolist(), kept.fields["labels"].tolist()) == ([1, 2], [IGNORE, 3])
-    assert kept.fields["seen"].tolist() == [1, 2, 3], "what is no longer read is still not offered"
+    assert kept.fields["seen"].tolist() == [0, 1, 2, 3], "what is no longer read is still not offered"
 
 
 @pytest.mark.parametrize(

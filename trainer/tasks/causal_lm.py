@@ -103,7 +103,7 @@ class CausalLM:
         return next_token_batch(inputs, labels, self._tokenizer.pad_id)
 
     @staticmethod
-    def _inputs_and_labels(sample: Encoded) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    def _inputs_and_labels(sample: Encoded) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """What each position of a sample reads, and what it predicts."""
         return sample.fields["ids"][:-1], sample.fields["ids"][1:]
 

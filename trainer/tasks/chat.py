@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -83,9 +83,9 @@ class Chat(CausalLM):
         return self.conversations.end_id
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
-        """`ids` int32: what the positions read; `labels` int32: what they predict, IGNORE where others wrote it.
+        """`ids` int32: what the positions read; `labels` int64: what they predict, IGNORE where others wrote it.
 
-        With overlong="split" a sample may hold several parts, which begin at `starts` int32.
+        With overlong="split" a sample may hold several parts, which begin at `starts` int64.
         """
         conversations = [self._messages(record) for record in records]
         return [
@@ -163,7 +163,7 @@ class Chat(CausalLM):
         ]
 
     @staticmethod
-    def _inputs_and_labels(sample: Encoded) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    def _inputs_and_labels(sample: Encoded) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         return sample.fields["ids"], sample.fields["labels"]
 
     def target_bytes(self, record: Record, sample: Encoded) -> int:
@@ -194,14 +194,14 @@ def _sample(parts: Sequence[Tokens]) -> Encoded:
     sample = _encoded(ids, labels)
     if len(parts) == 1:
         return sample
-    starts = np.cumsum([0, *(len(part.ids) - 1 for part in parts[:-1])]).astype(np.int32)
+    starts = np.cumsum([0, *(len(part.ids) - 1 for part in parts[:-1])]).astype(np.int64)
     return sample._replace(fields={**sample.fields, "starts": starts})
 
 
-def labels_of(tokens: Tokens) -> npt.NDArray[np.int32]:
-    """[length - 1] int32: the token after each but the last, IGNORE where it is not learned."""
-    return np.where(tokens.learned[1:], np.asarray(tokens.ids[1:], np.int32), np.int32(IGNORE))
+def labels_of(tokens: Tokens) -> npt.NDArray[np.int64]:
+    """[length - 1] int64: the token after each but the last, IGNORE where it is not learned."""
+    return np.where(tokens.learned[1:], np.asarray(tokens.ids[1:], np.int64), IGNORE)
 
 
-def _encoded(ids: npt.NDArray[np.int32], labels: npt.NDArray[np.int32]) -> Encoded:
+def _encoded(ids: npt.NDArray[np.int32], labels: npt.NDArray[np.int64]) -> Encoded:
     return Encoded({"ids": ids, "labels": labels}, len(ids), int(np.count_nonzero(labels != IGNORE)))

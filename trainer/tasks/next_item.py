@@ -69,9 +69,9 @@ class NextItem:
         self._label_smoothing = label_smoothing
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
-        """`ids` int32: the items but the last; `labels` int32: the next of each, IGNORE where it is given.
+        """`ids` int32: the items but the last; `labels` int64: the next of each, IGNORE where it is given.
 
-        `seen` int32: the distinct items before the first target, plus 1.
+        `seen` int64: 0, and plus 1 the distinct items before the first target.
         """
         return [self._encode_one(record) for record in records]
 
@@ -89,7 +89,7 @@ class NextItem:
         if len(items) < 2 or held_out >= len(items):
             return BadRecord(f"column '{self._items_column}' holds {len(items)} items, of which none is left to go by")
         first = len(items) - held_out if held_out else 1
-        labels = np.where(np.arange(1, len(items)) < first, np.int32(IGNORE), items[1:])
+        labels = np.where(np.arange(1, len(items)) < first, IGNORE, items[1:].astype(np.int64))
         if held_out:
             kept = min(len(labels), max(self._sequence_length, held_out))
             return _sample(items[-kept - 1 : -1], labels[-kept:], items[:first])
@@ -116,7 +116,7 @@ class NextItem:
         step = self._sequence_length
         starts = range(0, len(ids), step)
         return [
-            _sample(ids[start : start + step], labels[start : start + step], sample.fields["seen"] - 1)
+            _sample(ids[start : start + step], labels[start : start + step], sample.fields["seen"][1:] - 1)
             for start in starts
         ]
 
@@ -185,7 +185,7 @@ class NextItem:
         if isinstance(items, BadRecord):
             return items
         kept = items[-self._sequence_length :]
-        return _sample(kept, np.full_like(kept, IGNORE), items)
+        return _sample(kept, np.full(len(kept), IGNORE), items)
 
     def generate(
         self,
@@ -209,8 +209,12 @@ class NextItem:
         return self._names[number] if number < len(self._names) else str(number)
 
 
-def _sample(ids: npt.NDArray[np.int32], labels: npt.NDArray[np.int32], seen: npt.NDArray[np.int32]) -> Encoded:
-    fields = {"ids": ids, "labels": labels, "seen": np.unique(seen) + np.int32(1)}
+def _sample(ids: npt.NDArray[np.int32], labels: npt.NDArray[np.int64], seen: npt.NDArray[Any]) -> Encoded:
+    fields: dict[str, npt.NDArray[Any]] = {
+        "ids": ids,
+        "labels": labels,
+        "seen": np.concatenate([[0], np.unique(seen) + 1]),
+    }
     return Encoded(fields, len(ids), int(np.count_nonzero(labels != IGNORE)))
 
 

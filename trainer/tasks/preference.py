@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from trainer.tasks.chat_template import Message
 from trainer.tasks.conversation import ChatTokenizer, Tokens, as_messages
 from trainer.tasks.loss import sequence_log_probs
 from trainer.tasks.text import next_token_batch, num_unmasked, text_at
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Conversation = list[Message]
 
@@ -89,7 +92,7 @@ class Preference:
         return self._chat.end_id
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
-        """`chosen_ids`, `chosen_labels`, `rejected_ids`, `rejected_labels` int32; `reference` float32 [2].
+        """`chosen_ids`, `rejected_ids` int32; `chosen_labels`, `rejected_labels` int64; `reference` float32 [2].
 
         Raises DataError where the columns of the reference are missing.
         """
@@ -126,7 +129,7 @@ class Preference:
         reference = self._reference(record)
         if isinstance(reference, BadRecord):
             return reference
-        fields = {
+        fields: dict[str, npt.NDArray[Any]] = {
             "chosen_ids": np.asarray(chosen.ids[:-1], np.int32),
             "chosen_labels": labels_of(chosen),
             "rejected_ids": np.asarray(rejected.ids[:-1], np.int32),
