@@ -89,6 +89,8 @@ class HFModel(Model):
         self.config: Any = theirs.config
         self.vocab_size: int | None = getattr(self.config.get_text_config(), "vocab_size", None)
         self.max_positions = _learned_positions(theirs)
+        if kind == "speech_seq2seq":
+            self.num_mels: int = self.config.num_mel_bins
         self.model: Any = theirs if lora is None else _with_adapters(theirs, dict(lora))
 
     @property
@@ -99,6 +101,8 @@ class HFModel(Model):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The fields that `kind` takes -> logits: [B,T,V] of text, [B,C] of classes."""
         inputs = {theirs: batch[ours] for ours, theirs in _INPUTS[self.kind].items() if ours in batch}
+        if "input_features" in inputs:  # [B, frames, mels] here
+            inputs["input_features"] = inputs["input_features"].transpose(1, 2)
         more = {"use_cache": False} if self.kind in ("seq2seq", "causal_lm", "speech_seq2seq") else {}
         logits: Tensor = self.model(**inputs, **more, return_dict=True).logits
         return logits
@@ -147,6 +151,8 @@ class HFModel(Model):
         if self.kind in ("seq2seq", "speech_seq2seq"):
             names = {ours: theirs for ours, theirs in _INPUTS[self.kind].items() if ours != "decoder_input_ids"}
             inputs = {theirs: batch[ours] for ours, theirs in names.items() if ours in batch}
+            if "input_features" in inputs:
+                inputs["input_features"] = inputs["input_features"].transpose(1, 2)
             inputs["encoder_outputs"] = self.theirs.get_encoder()(**inputs, return_dict=True)
             for name in ("input_ids", "input_features"):
                 inputs.pop(name, None)
