@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.tokenizer import Tokenizer
 from trainer.formats import Format
 from trainer.tasks import Chats
+from trainer.tasks.chat_template import response_template
 from trainer.tasks.text import start_id
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, form: Format, chat_temp
     }
     if chat_template is not None:
         more["chat_template"] = chat_template
+        if (answers := response_template(chat_template, named["eos_token"])) is not None:
+            more["response_template"] = answers
     _write_json(folder / "tokenizer_config.json", {**more, **named})
 
 

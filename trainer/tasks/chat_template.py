@@ -6,6 +6,7 @@ A template is somebody's program: it runs in Jinja's sandbox, and what goes wron
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -23,13 +24,42 @@ from trainer.errors import ConfigError
 DEFAULT = """\
 {{- bos_token -}}
 {% for message in messages -%}
-{{- '[' + message['role'] + ']\\n' + message['content'] | trim + eos_token -}}
+{{- '[' + message['role'] + ']\\n' -}}
+{%- for call in message['tool_calls'] or [] -%}
+{%- set arguments = call['function']['arguments'] -%}
+{{- '<tool_call>{"name": ' + call['function']['name'] | tojson + ', "arguments": ' -}}
+{{- (arguments if arguments is string else arguments | tojson) + '}</tool_call>' -}}
+{%- endfor -%}
+{{- (message['content'] or '') | trim + eos_token -}}
 {% endfor %}
 {%- if add_generation_prompt %}{{- '[assistant]\\n' -}}{% endif %}"""
-"""The template of a run that names none. A turn ends with the end token, which no message can contain."""
+"""The template of a run that names none. A turn ends with the end token, which no message can contain; what the
+assistant wants of a tool is JSON between marks."""
 
-Message = Mapping[str, str]
-"""`role` and `content`."""
+Message = Mapping[str, Any]
+"""`role` and `content`; of an assistant that calls tools `tool_calls` as OpenAI's interface has them."""
+
+
+def response_template(template: str, eos_token: str) -> dict[str, Any] | None:
+    """How a server of transformers takes an answer apart (its `response_template`): text and calls of tools. None for
+    another template than `DEFAULT`, whose marks are not known here."""
+    if template != DEFAULT:
+        return None
+    call = {"type": "function", "function": "{content}"}
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "[assistant]\n",
+        "fields": {
+            "tool_calls": {
+                "open_pattern": r"\s*<tool_call>",
+                "close": "</tool_call>",
+                "repeats": True,
+                "content": "json",
+                "transform": call,
+            },
+            "content": {"close_pattern": r"\s*" + re.escape(eos_token), "content": "text"},
+        },
+    }
 
 
 class TemplateFault(Exception):

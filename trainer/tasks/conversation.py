@@ -103,11 +103,14 @@ class Conversations:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         if self._system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._system}, *messages]
-        guarded = [
-            {"role": one["role"], "content": self._special.sub(lambda m: m[0][0] + _GUARD + m[0][1:], one["content"])}
-            for one in messages
-        ]
-        return self._template.render(guarded, add_generation_prompt)
+        return self._template.render([self._guarded(one) for one in messages], add_generation_prompt)
+
+    def _guarded(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._guarded(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [self._guarded(one) for one in value]
+        return self._special.sub(lambda m: m[0][0] + _GUARD + m[0][1:], value) if isinstance(value, str) else value
 
     def _pieces(self, messages: Sequence[Message], last_answer_only: bool = False) -> list[Piece]:
         pieces: list[Piece] = []
@@ -164,7 +167,8 @@ def messages_at(record: Record, path: str) -> list[Message] | BadRecord:
 
 
 def as_messages(value: Any, where: str) -> list[Message] | BadRecord:
-    """`value` as messages, each a mapping with a role and a content; `where`: what to call it if it is none."""
+    """`value` as messages, each a mapping with a role and a content, or of the assistant with `tool_calls`; `where`:
+    what to call it if it is none."""
     if not isinstance(value, list):
         return BadRecord(f"{where} holds {type(value).__name__}, not a list of messages")
     if not value:
@@ -178,7 +182,21 @@ def as_messages(value: Any, where: str) -> list[Message] | BadRecord:
             return BadRecord(f"{where}: message {number} has no role")
         if role not in ROLES:
             return BadRecord(f"{where}: message {number} has the role {role!r}, which is none of {', '.join(ROLES)}")
+        calls = message.get("tool_calls")
+        if calls and role == "assistant":
+            if not all(isinstance(one, Mapping) and _is_call(one.get("function")) for one in calls):
+                return BadRecord(f"{where}: message {number} has a tool call without a function's name and arguments")
+            messages.append({"role": role, "content": content or "", "tool_calls": [*calls]})
+            continue
         if not isinstance(content, str) or not content.strip():
             return BadRecord(f"{where}: message {number} ({role}) has no text as its content")
         messages.append({"role": role, "content": content})
     return messages
+
+
+def _is_call(function: Any) -> bool:
+    return (
+        isinstance(function, Mapping)
+        and isinstance(function.get("name"), str)
+        and isinstance(function.get("arguments"), str | Mapping)
+    )
