@@ -10,56 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import SelfAttention, padding_bias, segment_bias
+from trainer.models.attention import padding_bias, segment_bias
 from trainer.models.base import Model
+from trainer.models.encoder_layer import EncoderLayer
 from trainer.models.layers import (
-    FeedForward,
     HeadLoss,
     PositionEmbedding,
     Projection,
     TokenEmbedding,
-    add_dropped,
     dropout,
     matrix_size,
 )
 
 HeadKind = Literal["masked_lm", "classification", "none"]
-
-
-class Layer(nn.Module):
-    """norm(x + attention(x)), then norm(x + feed_forward(x))."""
-
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        d_ff: int,
-        *,
-        std: float,
-        norm_eps: float,
-        dropout: float,
-        attention_dropout: float,
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.attention = SelfAttention(
-            d_model,
-            num_heads,
-            head_dim=d_model // num_heads,
-            in_std=std,
-            out_std=std,
-            bias=True,
-            dropout=attention_dropout,
-        )
-        self.attention_norm = nn.LayerNorm(d_model, eps=norm_eps)
-        self.feed_forward = FeedForward(d_model, d_ff, "gelu", in_std=std, out_std=std, bias=True)
-        self.feed_forward_norm = nn.LayerNorm(d_model, eps=norm_eps)
-
-    def forward(self, x: Tensor, *, bias: Tensor | None) -> Tensor:
-        """[B, T, d_model] -> [B, T, d_model]; see `SelfAttention.forward`."""
-        x = self.attention_norm(add_dropped(x, self.attention(x, bias=bias), self.dropout, self.training))
-        x = self.feed_forward_norm(add_dropped(x, self.feed_forward(x), self.dropout, self.training))
-        return x
 
 
 class Encoder(Model):
@@ -101,10 +64,11 @@ class Encoder(Model):
         self.token_types = TokenEmbedding(token_types, d_model, init_std)
         self.embedding_norm = nn.LayerNorm(d_model, eps=norm_eps)
         self.layers = nn.ModuleList(
-            Layer(
+            EncoderLayer(
                 d_model,
                 num_heads,
                 d_ff,
+                pre_norm=False,
                 std=init_std,
                 norm_eps=norm_eps,
                 dropout=dropout,

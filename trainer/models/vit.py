@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import SelfAttention
 from trainer.models.base import Model
-from trainer.models.layers import FeedForward, PositionEmbedding, Projection, add_dropped, dropout, matrix_size
+from trainer.models.encoder_layer import EncoderLayer
+from trainer.models.layers import PositionEmbedding, Projection, dropout, matrix_size
 
 
 class PatchEmbedding(nn.Module):
@@ -31,41 +31,6 @@ class PatchEmbedding(nn.Module):
         tiles = images.view(batch, channels, height // side, side, width // side, side)
         patches = tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * side**2)
         return F.linear(patches, self.weight.flatten(1), self.bias)
-
-
-class Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)) (equations 2 and 3)."""
-
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        d_ff: int,
-        *,
-        std: float,
-        norm_eps: float,
-        dropout: float,
-        attention_dropout: float,
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.attention_norm = nn.LayerNorm(d_model, eps=norm_eps)
-        self.attention = SelfAttention(
-            d_model,
-            num_heads,
-            head_dim=d_model // num_heads,
-            in_std=std,
-            out_std=std,
-            bias=True,
-            dropout=attention_dropout,
-        )
-        self.feed_forward_norm = nn.LayerNorm(d_model, eps=norm_eps)
-        self.feed_forward = FeedForward(d_model, d_ff, "gelu", in_std=std, out_std=std, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, d_model] -> [B, T, d_model]."""
-        x = add_dropped(x, self.attention(self.attention_norm(x)), self.dropout, self.training)
-        return add_dropped(x, self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
 
 
 class ViT(Model):
@@ -102,10 +67,11 @@ class ViT(Model):
         self.class_token = PositionEmbedding(1, d_model, init_std)
         self.positions = PositionEmbedding(self.num_positions, d_model, init_std)
         self.layers = nn.ModuleList(
-            Layer(
+            EncoderLayer(
                 d_model,
                 num_heads,
                 d_ff,
+                pre_norm=True,
                 std=init_std,
                 norm_eps=norm_eps,
                 dropout=dropout,

@@ -14,7 +14,7 @@ from trainer.data.sources import column
 from trainer.errors import ConfigError, DataError, SetupError
 from trainer.tasks import AS_SET, IGNORE, AllFinished, BadRecord, Batch, Decoding, Encoded, LossSums, Record
 from trainer.tasks.loss import token_loss
-from trainer.tasks.text import TextTokenizer, check_overlong, num_labels, pad_rows, text_at
+from trainer.tasks.text import TextTokenizer, check_overlong, num_labels, pad_rows, text_at, write_texts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -187,20 +187,14 @@ class SpeechRecognition:
         how: Decoding = AS_SET,
     ) -> list[str]:
         """See `trainer.tasks.GeneratesText`; at most 10 tokens more than 25 a second of the recording."""
-        from trainer import decoding
-
-        device = next(model.parameters()).device
-        batch = {name: tensor.to(device) for name, tensor in self._collate_features(samples).items()}
-        beams = decoding.BeamOptions(
-            beam_size=how.beam_size or self._beam_size,
-            max_length=how.max_length or self.max_length,
-            max_length_ratio=_MAX_TOKENS_PER_FRAME if how.max_length is None else None,
-            length_penalty=self._length_penalty,
-        )
-        tokenizer = self._tokenizer
-        special = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
-        ids = decoding.write(model, batch, special, decoding.chosen(how, beams), how.seed, all_finished)
-        return [text.strip() for text in tokenizer.decode_batch(ids)]
+        beams = {
+            "beam_size": self._beam_size,
+            "max_length": self.max_length,
+            "max_length_ratio": _MAX_TOKENS_PER_FRAME,
+            "length_penalty": self._length_penalty,
+        }
+        features = self._collate_features(samples)
+        return write_texts(model, features, self._tokenizer, self._tokenizer.bos_id, beams, how, all_finished)
 
     def source_and_reference(self, record: Record) -> tuple[str, str]:
         """The name of the recording's file, where it has one, and the text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from trainer.data.sources import column
 from trainer.errors import ConfigError
-from trainer.tasks import IGNORE, BadRecord, Batch, Record
+from trainer.tasks import IGNORE, AllFinished, BadRecord, Batch, Decoding, Record
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -156,3 +156,27 @@ def next_token_rows(
 def num_unmasked(batch: Batch) -> int:
     """Positions of a batch on the CPU that are no padding; by numpy, as `num_labels`."""
     return int(np.count_nonzero(batch["attention_mask"].numpy()))
+
+
+def write_texts(
+    model: Any,
+    batch: Batch,
+    tokenizer: TextTokenizer,
+    start_id: int,
+    beams: Mapping[str, Any],
+    how: Decoding,
+    all_finished: AllFinished | None,
+) -> list[str]:
+    """What an encoder-decoder writes for a batch of sources: by beam search with the task's options `beams` (of
+    `trainer.decoding.BeamOptions`), but for what `how` says; where that sets a length, the source's limits no more."""
+    from trainer import decoding
+
+    device = next(model.parameters()).device
+    said = {name: value for name in ("beam_size", "max_length") if (value := getattr(how, name)) is not None}
+    if "max_length" in said:
+        said["max_length_ratio"] = None
+    options = decoding.chosen(how, decoding.BeamOptions(**{**beams, **said}))
+    special_ids = start_id, tokenizer.eos_id, tokenizer.pad_id
+    sources = {name: tensor.to(device) for name, tensor in batch.items()}
+    ids = decoding.write(model, sources, special_ids, options, how.seed, all_finished)
+    return [text.strip() for text in tokenizer.decode_batch(ids)]

@@ -21,6 +21,7 @@ from trainer.tasks.text import (
     pad_rows,
     start_id,
     text_at,
+    write_texts,
 )
 
 
@@ -219,20 +220,14 @@ class TextToText(SourceToTarget):
         how: Decoding = AS_SET,
     ) -> list[str]:
         """The best hypothesis of the beam search for each sample's source."""
-        from trainer import decoding
-
-        device = next(model.parameters()).device
-        batch = {name: tensor.to(device) for name, tensor in self._collate_sources(samples).items()}
-        beams = decoding.BeamOptions(
-            beam_size=how.beam_size or self._beam_size,
-            max_length=how.max_length or self._max_target_length,
-            max_length_ratio=self.max_length_ratio if how.max_length is None else None,
-            length_penalty=self._length_penalty,
-        )
-        tokenizer = self._tokenizer
-        special = self.start_id, tokenizer.eos_id, tokenizer.pad_id
-        ids = decoding.write(model, batch, special, decoding.chosen(how, beams), how.seed, all_finished)
-        return [text.strip() for text in tokenizer.decode_batch(ids)]
+        beams = {
+            "beam_size": self._beam_size,
+            "max_length": self._max_target_length,
+            "max_length_ratio": self.max_length_ratio,
+            "length_penalty": self._length_penalty,
+        }
+        sources = self._collate_sources(samples)
+        return write_texts(model, sources, self._tokenizer, self.start_id, beams, how, all_finished)
 
     def source_and_reference(self, record: Record) -> tuple[str, str]:
         """The two texts."""
