@@ -13,6 +13,7 @@ from trainer.checkpoint.load import find
 from trainer.decoding import BeamOptions, beam_search
 from trainer.errors import ConfigError
 from trainer.models.hf import HFModel
+from trainer.pretrained import open_weights
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -126,3 +127,28 @@ def test_adapters_train_the_same_on_any_engine_and_alone_are_saved(run_trainer, 
     assert find(runs / "zero3" / "checkpoints", "latest").state.step == 5
     done = run_trainer(["run=plain", "split=validation", "max_samples=8", "generate=false"], module="trainer.evaluate")
     assert "eval/loss" in done.check().stdout
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_weights_come_from_a_folder_and_go_into_another(request, name, tmp_path):
+    """As `init_from` and the export do it, with the same logits."""
+    from tests.formats.parity import assert_close, theirs_of
+
+    folder = request.getfixturevalue(name)
+    kind, vocab_size = ("seq2seq", 300) if name == "t5" else ("causal_lm", 61)
+    part = {"_target_": "trainer.models.hf.HFModel", "path": str(folder), "kind": kind}
+    model = HFModel(str(folder), kind).eval()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    weights = open_weights(f"hf:{folder}", "runs", part, shapes)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.copy_(weights.values(parameter_name).view(parameter.shape))
+    model.part = part
+    _, reference = loaded(folder, kind)
+    ids, mask = padded(vocab_size)
+    batch = {"source_ids": ids, "source_mask": mask, "decoder_input_ids": ids} if name == "t5" else {"input_ids": ids}
+    inputs = {"input_ids": ids} | ({"attention_mask": mask, "decoder_input_ids": ids} if name == "t5" else {})
+    with torch.inference_mode():
+        expected = reference(**inputs).logits
+        assert_close(model(batch), expected)
+        assert_close(theirs_of(model, tmp_path / "out")(**inputs).logits, expected)

@@ -32,7 +32,7 @@ def describe(given: Mapping[str, Any]) -> Format:
     buffers = [rf"{re.escape(name)}$" for name, _ in theirs.named_buffers()]
     return Format(
         type(theirs).__name__,
-        {**theirs.config.to_diff_dict(), "model_type": theirs.config.model_type},
+        theirs.config.to_dict(),
         tensors,
         prefix,
         twins={name: same for name, same in theirs.all_tied_weights_keys.items() if name != same},
