@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import trainer.restore
+from tests.test_training import tiny
 from trainer.errors import DataError
 from trainer.generate import generate_texts, main
 from trainer.tasks import AS_SET, BadRecord, Decoding, Encoded
@@ -145,3 +146,22 @@ def test_a_run_that_writes_no_text_is_refused(
     monkeypatch.setattr(trainer.restore, "restore_run", lambda *_: restored)
     assert main(["run=digits", "text=a"]) == 2
     assert "run=digits: its task object does not generate text" in capsys.readouterr().err
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_model_spread_over_ranks_writes_the_same(run_trainer) -> None:
+    """Three batches for two ranks, whose texts end at different lengths."""
+    runs = run_trainer(tiny("steps=3", "precision=fp32", "name=run")).check().runs_dir
+    words = ["run=run", f"runs_dir={runs}", "batch_size=2", "max_length=12", "beam_size=2"]
+    words += [
+        f"text={text}" for text in ("Turn on the light", "Off", "The name of the house is", "A", "Home assistant")
+    ]
+    alone = run_trainer(words, module="trainer.generate").check()
+    spread = run_trainer([*words, "sharded=true"], ranks=2, module="trainer.generate").check()
+    lines = alone.stdout.splitlines()
+    assert (
+        len(lines) == 5
+        and len(set(lines)) > 1
+        and [line for line in spread.stdout.splitlines() if line in lines or line == ""] == lines
+    )

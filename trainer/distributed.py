@@ -119,6 +119,11 @@ def all_reduce_max(values: Sequence[float]) -> list[float]:
     return _all_reduce(values, dist.ReduceOp.MAX)
 
 
+def every_rank(flag: bool) -> bool:
+    """Whether `flag` is true on every rank."""
+    return all_reduce_max([0.0 if flag else 1.0]) == [0.0]
+
+
 def _all_reduce(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
     if world_size() == 1:
         return list(values)

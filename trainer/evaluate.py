@@ -229,7 +229,7 @@ def _translate(
     engine: Evaluated, task: ScoresText, samples: Sequence[Sample], blank: Encoded, counted: bool
 ) -> list[tuple[int, str, str, str]]:
     """(index, source, reference, hypothesis) of all ranks' samples, in the order of the split."""
-    all_finished = _every_rank if engine.ranks_must_step_together else None
+    all_finished = distributed.every_rank if engine.ranks_must_step_together else None
     mine: list[tuple[int, str, str, str]] = []
     for batch_samples in _in_step(engine, _chunks(samples, MAX_SENTENCES)):
         watchdog.progress()
@@ -253,10 +253,6 @@ def _score_and_write(
     )
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return task.score(hypotheses, references, sources)
-
-
-def _every_rank(finished: bool) -> bool:
-    return distributed.all_reduce_max([0.0 if finished else 1.0]) == [0.0]
 
 
 def _in_step(engine: Evaluated, batches: list[list[Sample]]) -> list[list[Sample]]:

@@ -21,7 +21,10 @@ from trainer.tasks import BadRecord, Decoding, Encoded, GeneratesText
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Arguments of `python -m trainer.generate`. temperature, top_k, top_p ask for sampling; beam_size=1 is greedy."""
+    """Arguments of `python -m trainer.generate`. temperature, top_k, top_p ask for sampling; beam_size=1 is greedy.
+
+    sharded: under torchrun, the parameters are spread over the ranks (ZeRO-3), for models that fit no single device.
+    """
 
     run: str
     text: list[str] = field(default_factory=list)
@@ -34,6 +37,7 @@ class GenerateOptions:
     top_p: float | None = None
     seed: int = 0
     batch_size: int = 64
+    sharded: bool = False
     runs_dir: str = "runs"
     checkpoint: str = "latest"
     weights: str = "master"
@@ -46,11 +50,13 @@ def generate_texts(
     texts: Sequence[str],
     how: Decoding,
     batch_size: int = 64,
+    together: bool = False,
 ) -> list[str]:
     """What `model` writes for each text, in order; texts of similar length go together. A blank text gives "".
 
-    Ranks take turns at the batches, and all return everything. Raises DataError, naming the text by number (from 1),
-    for one the task cannot take.
+    Ranks take turns at the batches, and all return everything. together: they share the model's parameters, so that one
+    with fewer batches, or shorter texts, goes on until all are done. Raises DataError, naming the text by number
+    (from 1), for one the task cannot take.
     """
     places = [place for place, text in enumerate(texts) if text.strip()]
     encoded: list[tuple[int, Encoded]] = []
@@ -62,8 +68,12 @@ def generate_texts(
     batches = [encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
     mine: dict[int, str] = {}
     with torch.inference_mode():
-        for batch in batches[distributed.rank() :: distributed.world_size()]:
-            outputs = task.generate(model, [sample for _, sample in batch], how=how)
+        rank, ranks = distributed.rank(), distributed.world_size()
+        own = batches[rank::ranks]
+        idle = batches[:1] * (-(-len(batches) // ranks) - len(own)) if together else []
+        all_finished = distributed.every_rank if together else None
+        for batch in (*own, *idle):
+            outputs = task.generate(model, [sample for _, sample in batch], all_finished, how)
             mine |= dict(zip((place for place, _ in batch), outputs, strict=True))
     everyone = {place: text for part in distributed.all_gather_objects(mine) for place, text in part.items()}
     return [everyone.get(place, "") for place in range(len(texts))]
@@ -118,15 +128,15 @@ def _generate(options: GenerateOptions) -> None:
     from trainer.evaluate import write_atomically
     from trainer.restore import restore_run
 
-    with distributed.process_group():
+    with distributed.process_group(always=options.sharded):
         found = options.run, options.runs_dir, options.checkpoint, options.allow_targets, options.weights
-        restored = restore_run(*found)
+        restored = restore_run(*found, options.sharded)
         task, model = restored.task, restored.model
         if not isinstance(task, GeneratesText):
             raise ConfigError(f"run={options.run}: its task {type(task).__name__} does not generate text.")
 
         def write(some: Sequence[str]) -> list[str]:
-            return generate_texts(task, model, some, _how(options), options.batch_size)
+            return generate_texts(task, model, some, _how(options), options.batch_size, options.sharded)
 
         if asks:
             _converse(write)

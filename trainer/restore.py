@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from trainer import distributed
 from trainer.build import build, check_parts
 from trainer.checkpoint.average import WeightReader, find_all
 from trainer.checkpoint.load import Checkpoint
-from trainer.config import Config, config_from_yaml
+from trainer.config import BatchConfig, Config, EngineConfig, EngineKind, config_from_yaml
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
+from trainer.engine.ds_config import make_ds_config
 from trainer.errors import CheckpointError, ConfigError
 from trainer.impossible import is_run_name
 from trainer.initial import frozen_values
 from trainer.parts import DTYPES, make_corpus, make_task
+from trainer.plan import make_plan
 from trainer.pretrained import first_weights
 from trainer.run_directory import RunDirectory
 from trainer.tasks import Task
@@ -102,18 +104,8 @@ def load_model(run: FoundRun) -> torch.nn.Module:
     model: torch.nn.Module = build(run.config.model, "model")
     parameters = dict(model.named_parameters())
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    folder = run.checkpoint.folder
     with run.reader() as reader:
-        saved = {name: shape for (name, _), shape in reader.shapes.items()}
-        missing = sorted(trained - set(saved))
-        if missing:
-            raise CheckpointError(f"{folder} lacks {len(missing)} parameters of the model: {', '.join(missing[:5])}.")
-        wrong = sorted(name for name in saved if name not in parameters or parameters[name].shape != saved[name])
-        if wrong:
-            raise CheckpointError(
-                f"{folder} has {len(wrong)} parameters that the model has not, or not in their shape:"
-                f" {', '.join(wrong[:5])}."
-            )
+        _check(run, reader, {name: parameter.shape for name, parameter in parameters.items()}, trained)
         for parameter, weights in reader.whole():
             parameters[parameter].data.copy_(weights)
     if len(trained) < len(parameters) and (begun_with := first_weights(run.config, model)) is not None:
@@ -122,17 +114,57 @@ def load_model(run: FoundRun) -> torch.nn.Module:
     return model
 
 
+def _check(run: FoundRun, reader: WeightReader, shapes: Mapping[str, torch.Size], trained: Set[str]) -> None:
+    folder = run.checkpoint.folder
+    saved = {name: shape for (name, _), shape in reader.shapes.items()}
+    missing = sorted(trained - set(saved))
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} parameters of the model: {', '.join(missing[:5])}.")
+    wrong = sorted(name for name in saved if name not in shapes or shapes[name] != saved[name])
+    if wrong:
+        raise CheckpointError(
+            f"{folder} has {len(wrong)} parameters that the model has not, or not in their shape:"
+            f" {', '.join(wrong[:5])}."
+        )
+
+
+def _load_sharded(run: FoundRun) -> torch.nn.Module:
+    """`load_model` spread over the ranks by ZeRO-3: none ever holds more than its part. For models all of which is
+    trained."""
+    from trainer.engine.zero import ShardedModel  # DeepSpeed takes seconds to import
+
+    engine = EngineConfig(kind=EngineKind.zero, stage=3)
+    batch = BatchConfig(global_size=distributed.world_size(), micro_size=1)
+    plan = make_plan(replace(run.config, engine=engine, batch=batch), distributed.world_size())
+    dtype = DTYPES[run.config.precision]
+
+    def build_in_dtype() -> torch.nn.Module:
+        return build(run.config.model, "model").to(dtype)  # type: ignore[no-any-return]
+
+    model = ShardedModel(build_in_dtype, make_ds_config(plan))
+    with run.reader() as reader:
+        shapes = {fragment.parameter: torch.Size(fragment.shape) for fragment in model.fragments()}
+        _check(run, reader, shapes, set(shapes))
+        for fragment in model.fragments():
+            values = torch.empty(fragment.tensor.numel())
+            reader.read_into(fragment.parameter, "master", fragment.start, values)
+            fragment.tensor.copy_(values)
+    return model.module
+
+
 def restore_run(
     name: str,
     runs_dir: str = "runs",
     checkpoint: str = "latest",
     allow_targets: Sequence[str] = (),
     weights: str = "master",
+    sharded: bool = False,
 ) -> RestoredRun:
-    """Rebuild the run `name` from its directory. Arguments, and what is raised: see `find_run` and `load_model`."""
+    """Rebuild the run `name` from its directory. sharded: the model is spread over the ranks, which must step together.
+    Arguments, and what is raised: see `find_run` and `load_model`."""
     run = find_run(name, runs_dir, checkpoint, allow_targets, weights)
     config, tokenizer = run.config, run.tokenizer
-    model = load_model(run).to(distributed.device(), DTYPES[config.precision]).eval()
+    model = _load_sharded(run) if sharded else load_model(run).to(distributed.device(), DTYPES[config.precision]).eval()
     task = make_task(config, tokenizer)
     corpus = make_corpus(config, build({**config.data, "stages": []}, "data"), tokenizer, task)
     return RestoredRun(config, run.directory, corpus, tokenizer, task, model, run.checkpoint.state.step)

@@ -253,13 +253,7 @@ class ZeroEngine:
         if self.stage < 3:
             yield from frozen_whole(self.module)
             return
-        parameter: Any
-        for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
-                start = self._layout.shard_rank * parameter.ds_tensor.ds_numel
-                numel = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
-                view = parameter.ds_tensor.data.narrow(0, 0, numel)
-                yield Fragment(name, "frozen", start, tuple(parameter.ds_shape), view, saved=False)
+        yield from _untrained_partitions(self.module, self._layout.shard_rank)
 
     def scalars(self) -> dict[str, float]:
         """See the contract."""
@@ -294,3 +288,31 @@ class ZeroEngine:
     def evaluating(self) -> AbstractContextManager[None]:
         """See the contract."""
         return evaluation_mode(self._engine)
+
+
+def _untrained_partitions(module: torch.nn.Module, rank: int) -> Iterator[Fragment]:
+    """This rank's pieces of the parameters that ZeRO-3 has partitioned and that are not trained."""
+    parameter: Any
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            start = rank * parameter.ds_tensor.ds_numel
+            numel = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
+            view = parameter.ds_tensor.data.narrow(0, 0, numel)
+            yield Fragment(name, "frozen", start, tuple(parameter.ds_shape), view, saved=False)
+
+
+class ShardedModel:
+    """A model to be used, its parameters spread over the ranks (ZeRO-3), which must step together."""
+
+    def __init__(self, build_model: BuildModel, ds_config: dict[str, Any]) -> None:
+        distributed.before_leaving(_forget_groups)
+        with deepspeed.zero.Init(config_dict_or_path=ds_config):
+            self.module = build_model()
+        self.module.requires_grad_(False).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            deepspeed.initialize(model=self.module, config=ds_config, dist_init_required=False)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's pieces, to be filled before the first use."""
+        return _untrained_partitions(self.module, distributed.rank())
