@@ -107,7 +107,7 @@ def with_defaults(old: Config, new: Config) -> Config:
     completed = {}
     for key in PARTS:
         part, now = getattr(old, key), getattr(new, key)
-        if part and now and part["_target_"] == now["_target_"]:
+        if part and now and part["_target_"] == now["_target_"] and set(now) - set(part):
             known = inspect.signature(_resolve(part["_target_"], key)).parameters
             later = {name: known[name].default for name in now if name in known and name not in part}
             completed[key] = part | {

@@ -135,7 +135,7 @@ def test_what_transformers_does_not_have_is_refused(
     assert export(runs, runs, "run=t5") == 2
     assert "exists already" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match=r"mlp\.MLP has no counterpart.*Decoder, EncoderDecoder"):
+    with pytest.raises(ConfigError, match=r"mlp\.MLP has no counterpart.*Decoder, Encoder, EncoderDecoder"):
         format_of({"_target_": "trainer.models.mlp.MLP"}, None)
 
 

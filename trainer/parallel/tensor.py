@@ -132,10 +132,12 @@ class _SplitByRows(nn.Linear):
     """This rank's rows of a projection. The input is the same on all ranks, so its gradient is the sum of theirs."""
 
     def __init__(self, whole: Projection, layout: Layout) -> None:
-        like = {"dtype": whole.weight.dtype, "device": whole.weight.device}
-        super().__init__(whole.in_features, whole.out_features // layout.tensor, bias=False, **like)
-        if whole.bias is not None:
-            self.bias = nn.Parameter(whole.bias.new_empty(len(whole.bias) // layout.tensor))
+        dtype, device = whole.weight.dtype, whole.weight.device
+        size = whole.out_features // layout.tensor
+        super().__init__(whole.in_features, size, bias=False, dtype=dtype, device=device)
+        if whole.bias is not None:  # whose own size ZeRO-3 hides
+            biased = whole.out_features - (whole.unbiased[1] - whole.unbiased[0])
+            self.bias = nn.Parameter(torch.empty(biased // layout.tensor, dtype=dtype, device=device))
         self.unbiased = (whole.unbiased[0] // layout.tensor, whole.unbiased[1] // layout.tensor)
         self.out_features = whole.out_features  # as the others know it
         self._group = layout.tensor_group
