@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from bench.recompute import LiveBytes
+from recompute import LiveBytes
 from torch import Tensor
 
 from trainer.cross_entropy import Targets
