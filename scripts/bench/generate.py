@@ -24,6 +24,7 @@ import transformers
 from trainer.build import build
 from trainer.decoding import BeamOptions, beam_search
 from trainer.formats.catalogue import part_of
+from trainer.host import keep_freed_memory
 from trainer.pretrained import open_weights
 
 VOCABULARY = 8000
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32,bf16")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as `python -m trainer.generate` does
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for precision in options.precision.split(","):
