@@ -264,3 +264,12 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set task\.start_token='.<pad>.'"):
         here(words_of("marian", tmp_path / "folder", "task.start_token=null"), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_another_run_is_one_of_the_runs_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "here").mkdir(parents=True)
+    (tmp_path / "runs" / "here" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"init_from=run:\.\./\.\./etc: '\.\./\.\./etc' is no name of a run"):
+        open_weights("run:../../etc", str(tmp_path / "runs"), {}, {})
+    with pytest.raises(CheckpointError, match=r"init_from=run:nobody: there is no .*; runs in .*: here\."):
+        open_weights("run:nobody", str(tmp_path / "runs"), {}, {})

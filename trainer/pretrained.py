@@ -19,6 +19,7 @@ from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import CheckpointError, ConfigError
 from trainer.formats import Tensor
+from trainer.run_directory import RunDirectory
 
 Shapes = Mapping[str, torch.Size]
 """Of all parameters of a model, by name."""
@@ -69,7 +70,7 @@ def open_weights(
             raise ConfigError(*problems)
         return _HubWeights(folder, model, shapes)
     if kind == "run" and place:
-        run = Path(runs_dir) / place
+        run = RunDirectory.existing(place, runs_dir, f"init_from={init_from}").path
         problems = _tokenizer_problems(run, tokenizer, model.get("vocab_size"))
         if problems:
             raise ConfigError(*problems)

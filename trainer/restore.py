@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -16,8 +15,7 @@ from trainer.config import BatchConfig, Config, EngineConfig, EngineKind, config
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.engine.ds_config import make_ds_config
-from trainer.errors import CheckpointError, ConfigError
-from trainer.impossible import is_run_name
+from trainer.errors import CheckpointError
 from trainer.initial import frozen_values
 from trainer.parts import DTYPES, make_corpus, make_task
 from trainer.plan import make_plan
@@ -83,12 +81,7 @@ def find_run(
     ConfigError for a name that leads out of `runs_dir` and for other targets, CheckpointError when there is no such run
     or checkpoint.
     """
-    if not is_run_name(name):
-        raise ConfigError(f"run={name!r} is no name of a run; give its folder below runs_dir={runs_dir}.")
-    directory = RunDirectory(Path(runs_dir) / name)
-    if not directory.config.is_file():
-        existing = ", ".join(sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))) or "none"
-        raise CheckpointError(f"run={name}: there is no {directory.config}; runs in {runs_dir}: {existing}.")
+    directory = RunDirectory.existing(name, runs_dir, f"run={name}")
     config = config_from_yaml(directory.config)
     check_parts(replace(config, allow_targets=[one.strip("[] ") for one in allow_targets]))
     found = find_all(directory.checkpoints, checkpoint)

@@ -17,6 +17,7 @@ from trainer.build import with_defaults
 from trainer.config import Config, Resume, config_from_yaml, config_to_dict, differences
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import CheckpointError, ConfigError, DataError, SetupError
+from trainer.impossible import is_run_name
 from trainer.metrics.json_lines import JsonLines, truncate_after
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,18 @@ class RunDirectory:
     def of(cls, config: Config) -> RunDirectory:
         """The directory that `config` names."""
         return cls(Path(config.runs_dir) / config.name)
+
+    @classmethod
+    def existing(cls, name: str, runs_dir: str, told: str) -> RunDirectory:
+        """The directory of the run `name`; told: the words that named it. Raises ConfigError for a name that leads out
+        of `runs_dir`, CheckpointError, listing the runs there, where there is none."""
+        if not is_run_name(name):
+            raise ConfigError(f"{told}: {name!r} is no name of a run; give its folder below runs_dir={runs_dir}.")
+        directory = cls(Path(runs_dir) / name)
+        if not directory.config.is_file():
+            others = ", ".join(sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))) or "none"
+            raise CheckpointError(f"{told}: there is no {directory.config}; runs in {runs_dir}: {others}.")
+        return directory
 
     def check(self, config: Config, copy: Copy | None = None) -> None:
         """Refuse what must not be overwritten or cannot be resumed, here or in the `copy`; writes nothing.
