@@ -128,7 +128,7 @@ def test_foreign_code_runs_only_when_allowed(outside: str) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["trainer.checkpoint.save.prune", "trainer.restore.Path", "trainer.main.run", "torch.optim.lr_scheduler.Any"],
+    ["trainer.checkpoint.save.prune", "trainer.run_directory.Path", "trainer.main.run", "torch.optim.lr_scheduler.Any"],
 )
 def test_only_classes_of_ours_are_parts(target: str) -> None:
     """Neither what a module of ours has imported, nor functions that do something at once."""
