@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from curves import draw
+from trainer.report.history import read_history
+from trainer.report.page import write_report
+from trainer.run_directory import RunDirectory
 
 SENTENCES = 10
 MIN_WORDS = 5  # shorter sources are labels that show little
@@ -44,20 +46,20 @@ def describe(run: Path) -> str:
         f"run directory  {run}",
         f"metrics        {run / 'metrics.jsonl'}",
         f"translations   {run / 'generations'}",
-        f"curves         {run / 'curves.png'}",
+        f"curves         {run / 'report.html'}, {run / 'report.png'}",
         f"W&B files      {run / 'wandb'}",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Draw the curves and print the report."""
+    """Write the page of curves and print the report."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     run = Path(sys.argv[1])
     if not (run / "evaluation.json").exists():
         sys.exit(f"{run} has no evaluation.json: it is not a finished run that was evaluated.")
-    draw([run], run / "curves.png")
+    write_report([read_history(RunDirectory(run))], run / "report.html")
     print(describe(run))
 
 

@@ -27,7 +27,7 @@ def test_it_trains_shows_translations_and_re_uses_them(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     assert "BLEU of copying the source 8.80" in first.stdout and "nrefs:1|case:mixed" in first.stdout
     assert first.stdout.count("\ntranslation ") == 10
-    for file in ("metrics.jsonl", "ds_config.json", "curves.png", "evaluation.json", "wandb"):
+    for file in ("metrics.jsonl", "ds_config.json", "report.html", "report.png", "evaluation.json", "wandb"):
         assert (tmp_path / "tiny" / file).exists()
     trained = (tmp_path / "tiny" / "metrics.jsonl").read_bytes()
     second = quickstart(f"runs_dir={tmp_path}", "name=tiny")

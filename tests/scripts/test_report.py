@@ -28,6 +28,7 @@ def finished_run(tmp_path: Path) -> Path:
     evaluation = {"step": 30, "split": "test", "eval/bleu": 21.5, "eval/chrf": 44.0, "eval/copy_bleu": 8.8}
     signatures = {"bleu_signature": "nrefs:1|tok:13a", "chrf_signature": "nrefs:1|nc:6"}
     (run / "evaluation.json").write_text(json.dumps({**evaluation, **signatures}))
+    (run / "config.yaml").write_text("name: small\n")
     return run
 
 
@@ -43,24 +44,11 @@ def test_report_shows_scores_sentences_and_files(finished_run: Path) -> None:
     assert "BLEU of copying the source 8.80" in done.stdout
     for label in ("source  ", "reference  ", "translation "):
         assert done.stdout.count(label) == 10
-    for path in ("metrics.jsonl", "generations", "wandb", "curves.png"):
+    for path in ("metrics.jsonl", "generations", "wandb", "report.html"):
         assert str(finished_run / path) in done.stdout
-    assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished_run / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_of_an_unfinished_run(tmp_path: Path) -> None:
     done = call("report.py", str(tmp_path))
     assert done.returncode == 1 and "evaluation.json" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_curves_of_several_runs(finished_run: Path, tmp_path: Path) -> None:
-    done = call("curves.py", str(finished_run), str(finished_run), "--out", str(tmp_path / "both.png"))
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_only_evaluations_of_the_validation_split_make_the_curve(finished_run: Path) -> None:
-    from curves import read_curve
-
-    assert read_curve(finished_run, "eval/loss") == ([30], [0.5])
-    assert read_curve(finished_run, "loss")[1][:2] == [3.0, 1.5]

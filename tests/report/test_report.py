@@ -1,0 +1,105 @@
+"""The page of one run and of several, opened in a real browser without a screen."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.report.__main__ import ReportOptions, report
+from trainer.report.charts import MOST_POINTS
+from trainer.report.history import differing_settings, read_history, thinned
+from trainer.run_directory import RunDirectory
+
+MakeRun = Callable[..., RunDirectory]
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """A run directory as a run leaves it, with 30 logged steps, two evaluations and a skipped step."""
+
+    def make(name: str, lr: float = 0.001, hypothesis: str = "Ein Satz") -> RunDirectory:
+        path = tmp_path / "runs" / name
+        (path / "generations").mkdir(parents=True)
+        rows: list[dict[str, object]] = [
+            {"step": step, "loss": 3 / step, "lr": lr, "tokens_per_second": 900.0, "data": {"bad_record": step // 10}}
+            for step in range(1, 31)
+        ]
+        rows.insert(20, {"step": 20, "event": "step 20 skipped: the loss is not finite"})
+        rows += [{"step": step, "eval/loss": 1 / step, "eval/bleu": float(step)} for step in (15, 30)]
+        rows.append({"step": 30, "split": "test", "eval/loss": 9.0})
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = {"source": "A sentence", "reference": "Ein Satz", "hypothesis": hypothesis}
+        (path / "generations" / "step_00000030.test.jsonl").write_text(json.dumps(text) + "\n")
+        (path / "config.yaml").write_text(yaml.safe_dump({"name": name, "optimizer": {"lr": lr}, "seed": 0}))
+        (path / "plan.json").write_text(json.dumps({"world_size": 2, "engine": "zero", "zero_stage": 2}))
+        (path / "evaluation.json").write_text(json.dumps({"step": 30, "split": "test", "eval/bleu": 21.5}))
+        (path / "status.json").write_text(json.dumps({"state": "finished", "step": 30, "reason": "steps: 30 of 30"}))
+        return RunDirectory(path)
+
+    return make
+
+
+def test_curves_are_of_training_and_of_the_validation_split(make_run: MakeRun) -> None:
+    history = read_history(make_run("small"))
+    assert history.curves["eval/loss"] == ([15, 30], [1 / 15, 1 / 30])
+    assert history.curves["loss"][1][:2] == [3.0, 1.5] and history.last("data.bad_record") == 3
+    assert history.events == [(20, "step 20 skipped: the loss is not finite")]
+
+
+def test_a_run_that_is_writing_is_read_up_to_its_last_whole_line(make_run: MakeRun) -> None:
+    run = make_run("small")
+    with run.metrics.open("a") as file:
+        file.write('{"step": 31, "lo')
+    assert read_history(run).curves["loss"][0][-1] == 30
+
+
+def test_settings_that_differ_are_named_and_no_others(make_run: MakeRun) -> None:
+    runs = [read_history(make_run(name, lr)) for name, lr in (("one", 0.001), ("two", 0.01))]
+    assert differing_settings(runs) == [("optimizer.lr", [0.001, 0.01])]
+
+
+def test_thinning_keeps_ends_and_spikes() -> None:
+    values = [1.0] * 100_000
+    values[54_321], values[77_777] = 99.0, -99.0
+    steps, kept = thinned((list(range(1, 100_001)), values), MOST_POINTS)
+    assert len(steps) <= MOST_POINTS + 2 and steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (1, 100_000) and {99.0, -99.0} <= set(kept)
+
+
+def test_a_browser_shows_the_page(make_run: MakeRun, tmp_path: Path) -> None:
+    """Charts are there only when the page's script has run; the browser has no network."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    make_run("one", hypothesis="<script>document.title = 'taken over'</script>")
+    make_run("two", lr=0.01)
+    report(ReportOptions(run=["one", "two"], runs_dir=str(tmp_path / "runs"), to=str(tmp_path / "both.html")))
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    profile = ("--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000")
+    offline = ("--proxy-server=127.0.0.1:9",)
+    command = [browser, "--headless", *profile, *offline, "--dump-dom", (tmp_path / "both.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "<title>one, two</title>" in done.stdout
+    assert done.stdout.count('class="main-svg"') >= 6, "charts of losses, BLEU, rate, speed and bad records are drawn"
+    lines = re.findall(r'<g class="trace scatter', done.stdout)
+    assert len(lines) == 2 * 6, "each chart has a line of each run"
+    assert "step 20 skipped: the loss is not finite" in done.stdout and "ZeRO-2" in done.stdout
+    assert re.search(r"<th>optimizer\.lr</th><td>0\.001</td><td>0\.01</td>", done.stdout)
+
+
+def test_a_damaged_line_is_named(make_run: MakeRun) -> None:
+    from trainer.errors import CheckpointError
+
+    run = make_run("small")
+    run.metrics.write_text('{"step": 1, "loss": 2.0}\nnonsense\n{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2 is no line of metrics"):
+        read_history(run)

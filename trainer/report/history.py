@@ -1,0 +1,115 @@
+"""What a run wrote of itself, read back for people: metrics.jsonl, status, configuration and its newest texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.errors import CheckpointError
+from trainer.run_directory import RunDirectory
+from trainer.wording import flatten
+
+Curve = tuple[list[int], list[float]]
+"""Steps, and the value at each."""
+
+
+@dataclass(frozen=True)
+class History:
+    """One run. curves: by their names in metrics.jsonl, evaluations as `eval/...`; events: (step, message)."""
+
+    name: str
+    directory: Path
+    status: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    curves: Mapping[str, Curve]
+    events: Sequence[tuple[int, str]]
+    final: Mapping[str, Any]
+
+    def last(self, curve: str) -> float | None:
+        """The newest value of a curve."""
+        values = self.curves.get(curve, ([], []))[1]
+        return values[-1] if values else None
+
+    def samples(self, most: int) -> list[dict[str, Any]]:
+        """The first texts of the newest evaluation that wrote any."""
+        files = sorted((self.directory / "generations").glob("step_*.jsonl"))
+        if not files:
+            return []
+        with files[-1].open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in islice(lines, most)]
+
+
+def read_history(directory: RunDirectory) -> History:
+    """All of a run but its checkpoints. Raises CheckpointError, with file and line, where metrics.jsonl is damaged."""
+    curves: dict[str, Curve] = {}
+    events: list[tuple[int, str]] = []
+    for row in _rows(directory.metrics):
+        step = int(row["step"])
+        if "event" in row:
+            events.append((step, str(row["event"])))
+        elif row.get("split", "validation") == "validation":
+            for name, value in flatten(row):
+                if name != "step" and isinstance(value, int | float):
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(step)
+                    values.append(float(value))
+    final = json.loads(directory.evaluation.read_text(encoding="utf-8")) if directory.evaluation.exists() else {}
+    plan = directory.path / "plan.json"
+    return History(
+        name=directory.path.name,
+        directory=directory.path,
+        status=directory.read_status(),
+        settings=dict(flatten(yaml.safe_load(directory.config.read_text(encoding="utf-8")))),
+        plan=json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {},
+        curves=curves,
+        events=events,
+        final=final,
+    )
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that is still being written is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                int(row["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise CheckpointError(
+                    f"{path}:{number} is no line of metrics ({error}); remove it, or restore the file."
+                ) from error
+            yield row
+
+
+def differing_settings(histories: Sequence[History]) -> list[tuple[str, list[Any]]]:
+    """(key, its value in each run) of every setting that is not the same in all; a run without the key has None."""
+    keys = sorted({key for history in histories for key in history.settings if key != "name"})
+    rows = [(key, [history.settings.get(key) for history in histories]) for key in keys]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def thinned(curve: Curve, most: int) -> Curve:
+    """At most about `most` points that show what the whole curve shows: of each stretch the lowest and the highest
+    value, so that no spike is lost."""
+    steps, values = curve
+    if len(steps) <= most:
+        return curve
+    width = -(-2 * len(steps) // most)
+    kept: list[int] = [0]
+    for start in range(0, len(steps), width):
+        stretch = range(start, min(start + width, len(steps)))
+        kept += sorted({min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)})
+    kept.append(len(steps) - 1)
+    places = sorted(set(kept))
+    return [steps[place] for place in places], [values[place] for place in places]
