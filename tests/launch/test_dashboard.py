@@ -1,0 +1,96 @@
+"""The W&B workspace: what the library would send, and sending it to a server on this machine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from launch.dashboard import DashboardOptions, dashboard
+from trainer.errors import SetupError
+from trainer.metrics import StepInfo
+
+pytest.importorskip("wandb_workspaces")
+
+
+class Api(BaseHTTPRequestHandler):
+    """As much of W&B's GraphQL as saving a view asks for; `views` are what was saved."""
+
+    views: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data: dict[str, Any] = {}
+        if "upsertView" in asked["query"]:
+            self.views.append(asked["variables"])
+            data["upsertView"] = {
+                "view": {"id": "Vmlldzox", "name": asked["variables"].get("name", "x")},
+                "inserted": True,
+            }
+        if "viewer" in asked["query"].lower():
+            person = {"id": "VXNlcjox", "username": "me", "name": "me", "entity": "us", "email": "me@localhost"}
+            data["viewer"] = {**person, "admin": False, "flags": "{}", "teams": {"edges": []}, "apiKeys": {"edges": []}}
+        if "serverInfo" in asked["query"]:
+            data["serverInfo"] = {"cliVersionInfo": {}, "latestLocalVersionInfo": None}
+        body = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """The views that a server on this machine was given."""
+    views: list[dict[str, Any]] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Api,), {"views": views}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    yield views
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def panels(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for section in spec["section"]["panelBankConfig"]["sections"]:
+        yield from section["panels"]
+
+
+def test_every_chart_is_of_something_that_runs_log(capsys: pytest.CaptureFixture[str]) -> None:
+    dashboard(DashboardOptions("translations", preview=True))
+    view = json.loads(capsys.readouterr().out)
+    assert view["project"] == "translations" and view["displayName"] == "Shardwright"
+    lines = [panel["config"] for panel in panels(view["spec"]) if panel["viewType"] == "Run History Line Plot"]
+    logged = {field.name for field in fields(StepInfo)}
+    drawn = {metric for config in lines for metric in config["metrics"]}
+    assert {metric for metric in drawn if not metric.startswith("eval/")} - logged == {"data.bad_record"}
+    assert logged - drawn == {"step", "data"}, "everything that is logged is drawn"
+    assert {config["xAxis"] for config in lines} == {"step"}
+
+
+def test_a_server_is_given_the_view(saved: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    dashboard(DashboardOptions("translations", entity="us"))
+    assert len(saved) == 1 and saved[0]["projectName"] == "translations" and saved[0]["entityName"] == "us"
+    names = [section["name"] for section in json.loads(saved[0]["spec"])["section"]["panelBankConfig"]["sections"]]
+    assert names[:5] == ["Learning", "Speed", "Memory", "Data", "Events"] and {"Texts", "Comparison"} <= set(names)
+    assert "/us/translations?nw=" in capsys.readouterr().out
+
+
+def test_without_a_server_the_cure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", "/dev/null")
+    with pytest.raises(SetupError, match=r"did not take the dashboard: .*preview=true"):
+        dashboard(DashboardOptions("translations", entity="us"))
