@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from trainer.commands import run_command
 from trainer.errors import SetupError
+from trainer.metrics.wandb import default_entity
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -97,11 +98,9 @@ def dashboard(options: DashboardOptions) -> None:
         view = make_workspace(options.entity or "", options.project, options.name)._to_model()
         print(json.dumps(json.loads(view.model_dump_json(by_alias=True)), indent=1))
         return
-    workspace = make_workspace("", options.project, options.name)
-    import wandb
-
+    workspace = make_workspace(options.entity or "", options.project, options.name)
     try:
-        workspace.entity = options.entity or wandb.Api().default_entity
+        workspace.entity = options.entity or default_entity()
         workspace.save()
     except Exception as error:  # requests, graphql and wandb each have their own
         reason = " ".join(str(error).split()) or type(error).__name__

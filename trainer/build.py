@@ -121,17 +121,20 @@ def with_defaults(old: Config, new: Config) -> Config:
 def _parts_of_data(
     data: Mapping[str, Any], task: Mapping[str, Any]
 ) -> list[tuple[str, Mapping[str, Any], tuple[str, ...]]]:
-    """The parts within `data`: stages, and the task as each source changes it. What is no mapping there is refused as
-    an argument of `data`."""
+    """The parts within `data`: stages, sources of other code, and the task as each source changes it. What is no
+    mapping there is refused as an argument of `data`."""
     stages, sources = data.get("stages"), data.get("sources")
     listed = enumerate(stages) if isinstance(stages, list) else ()
     named = sources.items() if isinstance(sources, Mapping) else ()
-    changes = [(name, given.get("task")) for name, given in named if isinstance(given, Mapping)]
-    return [(f"data.stages.{index}", stage, ()) for index, stage in listed if isinstance(stage, Mapping)] + [
-        (f"data.sources.{name}.task", {**task, **change}, RUNTIME_ARGUMENTS["task"])
-        for name, change in changes
-        if isinstance(change, Mapping)
-    ]
+    parts: list[tuple[str, Any, tuple[str, ...]]] = [(f"data.stages.{index}", stage, ()) for index, stage in listed]
+    parts.append(("data.source", data.get("source"), ("split",)))
+    for name, given in named:
+        if isinstance(given, Mapping):
+            parts.append((f"data.sources.{name}.source", given.get("source"), ("split",)))
+            changed = given.get("task")
+            changed = {**task, **changed} if isinstance(changed, Mapping) else None
+            parts.append((f"data.sources.{name}.task", changed, RUNTIME_ARGUMENTS["task"]))
+    return [part for part in parts if isinstance(part[1], Mapping)]
 
 
 def _given(key: str, part: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -52,7 +54,7 @@ def summarise(
         "precision": str(config.precision),
         "engine": ", ".join((engine_name, *offload, *sharing)),
         "device": f"{plan.world_size} x {distributed.device().type}",
-        "data": f"{config.data['path']}",
+        "data": _told_data(config.data),
         "run directory": str(directory.path),
     }
     if state.step:
@@ -68,7 +70,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 def total_progress(config: Config) -> float:
     """The length of the run in the schedule's unit."""
-    return config.steps if config.schedule["unit"] == "steps" else config.stop.tokens or 0
+    return config.steps if config.schedule.get("unit", "steps") == "steps" else config.stop.tokens or 0
 
 
 def dry_run(config: Config) -> str:
@@ -85,6 +87,13 @@ def dry_run(config: Config) -> str:
     text = summarise(config, plan, parameters, schedule, RunDirectory.of(config), TrainState())
     plans = {"plan.json": plan.to_dict(), "ds_config.json": make_ds_config(plan)}
     return "\n".join([text, *(f"{name}: {json.dumps(content, indent=1)}" for name, content in plans.items())])
+
+
+def _told_data(data: Mapping[str, Any]) -> str:
+    """Where the records come from."""
+    sources = data.get("sources") or {"": data}
+    places = [source.get("path") or source["source"]["_target_"] for source in sources.values()]
+    return ", ".join(map(str, places))
 
 
 def _short(target: str) -> str:

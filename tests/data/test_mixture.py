@@ -129,7 +129,7 @@ def test_lanes_do_not_all_take_from_the_same_source_at_once() -> None:
         ({"sources": {"a": {"path": "x", "weight": [[5, 1.0]]}}}, "begins at step 0"),
         ({"sources": {"a": {"path": "x", "weight": [[0, 1], [9, 0]]}}}, "all weights are 0 from step 9 on"),
         ({"sources": {"a": {"path": "x", "at_end": "loop"}}}, "a.at_end=loop is not known; use repeat, drop, stop"),
-        ({"path": "x", "sources": {"a": {"path": "x"}}}, "data.path=x and data.sources=.*: give one of the two"),
+        ({"path": "x", "sources": {"a": {"path": "x"}}}, "data.path=x, .* and data.sources=.*: give one of the three"),
         ({}, "give one of the two"),
         ({"path": "x", "workers": -1}, "data.workers=-1 must be at least 0"),
     ],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from trainer.build import build
 from trainer.data.files import FORMATS, FileSource
 from trainer.data.hub import HubSource
 from trainer.data.locate import expand, find_files, is_hub
@@ -24,7 +26,7 @@ class Dataset:
     def __init__(
         self,
         key: str,
-        path: str,
+        path: str | None,
         name: str | None = None,
         format: str | None = None,
         train: str | None = "train",
@@ -32,21 +34,27 @@ class Dataset:
         test: str | None = "test",
         min_shards: int = 1,
         retries: Retries | None = None,
+        part: Mapping[str, Any] | None = None,
     ) -> None:
-        """Nothing is opened yet. Raises ConfigError for a format that is not known.
+        """Nothing is opened yet. Raises ConfigError for a format that is not known, and where not exactly one of `path`
+        and `part` is given.
 
         key: its place in the configuration, for messages; name: configuration of a hub data set; format: one of
         FORMATS or hub (None: by suffix); train, validation, test: names of splits or file globs (None: there is none);
         min_shards: fewer shards are cut into more, where their format can be cut; retries: how faults of servers are
-        waited out, None = as `set_retries` says.
+        waited out, None = as `set_retries` says; part: instead of path, a class of `Source` and its arguments, to which
+        the split's name is added.
         """
+        if (path is None) == (part is None):
+            raise ConfigError(f"{key}.path={path} and {key}.source={part}: give one of the two.")
         formats = [*dict.fromkeys(FORMATS.values()), "hub"]
         if format is not None and format not in formats:
             raise ConfigError(
                 f"{key}.format={format} is not known; use {', '.join(formats)}, or null to go by the suffix."
             )
-        self.path = path
-        self._told = f"{key}.path={redacted(path)}"
+        self.path = path or str(part)
+        self._part = part
+        self._told = f"{key}.path={redacted(self.path)}" if part is None else f"{key}.source={part.get('_target_')}"
         self._key = key
         self._name = name
         self._format = format
@@ -103,6 +111,9 @@ class Dataset:
         value = self._splits[split]
         if value is None:
             raise DataError(f"{self._key}.{split} is null: the data set {self._told} has no such split.")
+        if self._part is not None:
+            source: Source = build(self._part, f"{self._key}.source", split=value)
+            return source
         path = expand(self.path)
         if self._format == "hub" or (self._format is None and is_hub(path)):
             return HubSource(path, self._name, value, self._min_shards)

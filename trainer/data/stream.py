@@ -19,9 +19,9 @@ OnBadRecord = Literal["skip", "fail"]
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
     """One of `data.sources`. weight: its share, or [[first step, share], ...]; at_end: see `AtEnd`; task: options that
-    differ from `task` for its records; the rest as in `Dataset`."""
+    differ from `task` for its records; source: the `part` of a `Dataset`, and the rest as there."""
 
-    path: str
+    path: str | None = None
     name: str | None = None
     format: str | None = None
     train: str | None = "train"
@@ -30,6 +30,7 @@ class SourceOptions:
     weight: float | Sequence[Sequence[float]] = 1.0
     at_end: AtEnd = "repeat"
     task: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] | None = None
 
     @property
     def phases(self) -> list[tuple[int, float]]:
@@ -63,6 +64,7 @@ class StreamData:
         on_bad_record: OnBadRecord = "skip",
         max_bad_fraction: float = 0.01,
         trace: bool = False,
+        source: Mapping[str, Any] | None = None,
     ) -> None:
         """Nothing is opened yet. Raises ConfigError for values that cannot be.
 
@@ -72,18 +74,19 @@ class StreamData:
         stages: parts, see `trainer.data.stages`; workers: processes of each rank that read and encode, 0 = a thread;
         retry_seconds: how long faults of servers are waited out, in this whole process; on_bad_record,
         max_bad_fraction: what follows a record that cannot be used, and how many may be skipped; trace:
-        keep the ids of all samples.
+        keep the ids of all samples; source: instead of path, a part that is a `trainer.data.sources.Source`.
         """
         least = {"lanes": (lanes, 1), "block": (block, 1), "workers": (workers, 0), "retry_seconds": (retry_seconds, 0)}
         problems = [f"data.{key}={value} must be at least {low}." for key, (value, low) in least.items() if value < low]
         if not 0 <= max_bad_fraction <= 1:
             problems.append(f"data.max_bad_fraction={max_bad_fraction} must lie between 0 and 1.")
-        if bool(path) == bool(sources):
-            problems.append(f"data.path={path} and data.sources={list(sources or {})}: give one of the two.")
+        if [bool(path), bool(source), bool(sources)].count(True) != 1:
+            given = f"data.path={path}, data.source={source} and data.sources={list(sources or {})}"
+            problems.append(f"{given}: give one of the three.")
         if sources:
             self.sources = _source_options(sources, problems)
         else:
-            self.sources = {"": SourceOptions(path or "", name, format, train, validation, test)}
+            self.sources = {"": SourceOptions(path, name, format, train, validation, test, source=source)}
         retries = Retries(total_seconds=retry_seconds)
         set_retries(retries)
         self.datasets = _datasets(self.sources, lanes, retries, problems)
@@ -112,8 +115,10 @@ def _source_options(sources: Mapping[str, Any], problems: list[str]) -> dict[str
     options: dict[str, SourceOptions] = {}
     for name, given in sources.items():
         key = f"data.sources.{name}"
-        if not isinstance(given, Mapping) or "path" not in given:
-            problems.append(f"{key}={given} must be a mapping with path, and perhaps {', '.join(known[1:])}.")
+        if not isinstance(given, Mapping) or not {"path", "source"} & set(given):
+            problems.append(
+                f"{key}={given} must be a mapping with path or source, and perhaps {', '.join(known[1:-1])}."
+            )
         elif unknown := [entry for entry in given if entry not in known]:
             problems += [f"{key}.{entry} is no option of a source{did_you_mean(entry, known)}" for entry in unknown]
         else:
@@ -133,9 +138,9 @@ def _source_options(sources: Mapping[str, Any], problems: list[str]) -> dict[str
 def _source_problems(key: str, options: SourceOptions) -> list[str]:
     texts = {name: getattr(options, name) for name in ("path", "name", "format", "train", "validation", "test")}
     problems = [
-        f"{key}.{name}={value!r} is not a text{'' if name == 'path' else ' or null'}."
+        f"{key}.{name}={value!r} is not a text or null."
         for name, value in texts.items()
-        if not isinstance(value, str) and (value is not None or name == "path")
+        if not isinstance(value, str) and value is not None
     ]
     changes: Any = options.task
     if not isinstance(changes, Mapping):
@@ -163,7 +168,7 @@ def _datasets(
         splits = one.train, one.validation, one.test
         key = f"data.sources.{name}" if name else "data"
         try:
-            datasets[name] = Dataset(key, one.path, one.name, one.format, *splits, lanes, retries)
+            datasets[name] = Dataset(key, one.path, one.name, one.format, *splits, lanes, retries, one.source)
         except ConfigError as error:
             problems += error.problems
     return datasets

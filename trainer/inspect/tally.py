@@ -47,7 +47,7 @@ class Tally:
 
     def __init__(self, config: Config, corpus: Corpus, name: str, tokenizer: Tokenizer | None, num_shown: int) -> None:
         options = corpus.data.sources[name]
-        self._name, self._path = name, options.path
+        self._name, self._path = name, corpus.data.datasets[name].path
         self._task, self._stages = corpus.tasks[name], corpus.stages[name]
         self._source = corpus.data.datasets[name].source("train")
         self._prefix = f"{name}/" if name else ""

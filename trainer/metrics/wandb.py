@@ -145,6 +145,14 @@ def choose_mode(mode: str) -> str:
     return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
 
 
+def default_entity() -> str | None:
+    """The account that the key belongs to; asks the server. W&B's own errors pass."""
+    import wandb
+
+    entity: str | None = wandb.Api().default_entity
+    return entity
+
+
 def _netrc_has_key() -> bool:
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()

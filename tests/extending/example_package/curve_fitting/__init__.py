@@ -1,0 +1,1 @@
+"""Fits curves to measured points: everything that Shardwright does not have for it."""
