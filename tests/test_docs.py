@@ -1,0 +1,142 @@
+"""Every command in the documentation is one that would be accepted: composed, parsed, and found, though not run.
+
+What a text means as a place for the reader's own value (`FOLDER`, `NAME`, `...`) is filled in. A command that a page
+shows with the problems of its configuration (not of its weights, which only a run opens) has to be refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from trainer.build import part_problems
+from trainer.commands import parse_options
+from trainer.composition import compose
+from trainer.config import to_config
+from trainer.errors import ConfigError
+from trainer.inspect.__main__ import split_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROGRAMS = ("python", "torchrun", "deepspeed", "bash")
+ASSIGNMENT = re.compile(r"[A-Z_]+=\S+")
+OUTSIDE = ("example_package", "hydra.searchpath", "HOST:PORT")
+"""Commands with these words are run by tests of their own."""
+
+
+class Command(NamedTuple):
+    """A command as it stands in a page; refused: the page shows the error that it gives."""
+
+    page: str
+    text: str
+    refused: bool
+
+    @property
+    def words(self) -> list[str]:
+        """Without variables of the environment before it and a comment behind it."""
+        words = shlex.split(self.text, comments=True)
+        while ASSIGNMENT.fullmatch(words[0]):
+            words.pop(0)
+        return words
+
+
+def commands_of(page: Path) -> Iterator[Command]:
+    text = page.read_text(encoding="utf-8")
+    name = str(page.relative_to(ROOT))
+    for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        lines = block.replace("\\\n", " ").splitlines()
+        for line, after in zip(lines, [*lines[1:], ""], strict=True):
+            for part in line.removeprefix("$ ").split(" && "):
+                shown = re.match(r"error: \d+ problems", after) is not None and "init_from" not in part
+                yield Command(name, " ".join(part.split()), shown)
+    for inline in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
+        for part in inline.split(" && "):
+            yield Command(name, part, False)
+
+
+def is_command(command: Command) -> bool:
+    if "..." in command.text.split() or "[" in re.sub(r"\S+=\S*\[.*", "", command.text):
+        return False  # a pattern: the rest of it is up to the reader
+    try:
+        words = command.words
+    except (ValueError, IndexError):
+        return False
+    return len(words) > 1 and words[0] in PROGRAMS and not any(word in command.text for word in OUTSIDE)
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands_of(page) if is_command(command)})
+
+
+def test_the_documentation_has_commands_of_every_kind() -> None:
+    programs = {command.words[0] for command in COMMANDS}
+    assert programs == set(PROGRAMS) and any(command.refused for command in COMMANDS) and len(COMMANDS) > 80
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.text[:80]}")
+def test_a_command_of_the_documentation_is_accepted(command: Command) -> None:
+    program, *rest = command.words
+    if program == "bash" or rest[0].endswith(".py"):
+        script, *arguments = rest
+        text = (ROOT / script).read_text(encoding="utf-8")
+        options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+        assert program == "bash" or all(f'"{option}"' in text or f'"{option[2:]}"' in text for option in options)
+        return
+    module, arguments = split(rest)
+    if module is None:
+        return  # only options of torchrun or deepspeed are spoken of
+    if module == "trainer":
+        accept(arguments, command.refused)
+    elif module == "trainer.inspect":
+        own, words = split_arguments(arguments)
+        parse_options(options_of("trainer.inspect.__main__"), own)
+        if words:
+            accept(words, refused=False)
+    elif arguments:
+        parse_options(options_of(module), arguments)
+    else:
+        assert importlib.util.find_spec(module) is not None
+
+
+def split(words: list[str]) -> tuple[str | None, list[str]]:
+    """The module that a command of python, torchrun or deepspeed starts, and its arguments."""
+    for flag in ("-m", "--module"):
+        if flag in words:
+            at = words.index(flag)
+            return words[at + 1], words[at + 2 :]
+    return None, []
+
+
+def options_of(module: str) -> type:
+    """The dataclass of a command's arguments, which stands in its module or its `__main__`."""
+    try:
+        found = importlib.import_module(f"{module}.__main__")
+    except ModuleNotFoundError:
+        found = importlib.import_module(module)
+    options = [value for name, value in vars(found).items() if name.endswith("Options")]
+    assert len(options) == 1, f"{module}: {options}"
+    return options[0]
+
+
+def accept(words: list[str], refused: bool) -> None:
+    """Compose and check as a run would; a sweep by the first value of each key."""
+    if "--help" in words:
+        return
+    sweeping = "-m" in words
+    filled = [re.sub(r"=\.\.\.$", "=1", word) for word in words if word != "-m"]
+    if sweeping:
+        filled = [word.split(",")[0] if "[" not in word else word for word in filled]
+    if not any(word.startswith("experiment=") for word in filled):
+        filled += [f"{key}=1" for key in ("steps", "batch.global_size") if not any(key in word for word in filled)]
+        filled += [] if any(word.startswith("name=") for word in filled) else ["name=mine"]
+    if refused:
+        with pytest.raises(ConfigError):
+            to_config(compose(filled), part_problems)
+    else:
+        to_config(compose(filled), part_problems)
