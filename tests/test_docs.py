@@ -62,7 +62,7 @@ def commands_of(page: Path) -> Iterator[Command]:
 
 
 def is_command(command: Command) -> bool:
-    if "..." in command.text.split() or "[" in re.sub(r"\S+=\S*\[.*", "", command.text):
+    if {"...", "experiment=..."} & set(command.text.split()) or "[" in re.sub(r"\S+=\S*\[.*", "", command.text):
         return False  # a pattern: the rest of it is up to the reader
     try:
         words = command.words
@@ -129,7 +129,8 @@ def accept(words: list[str], refused: bool) -> None:
     if "--help" in words:
         return
     sweeping = "-m" in words
-    filled = [re.sub(r"=\.\.\.$", "=1", word) for word in words if word != "-m"]
+    flags = ("-m", "--cfg", "job", "--resolve")
+    filled = [re.sub(r"=\.\.\.$", "=1", word) for word in words if word not in flags]
     if sweeping:
         filled = [word.split(",")[0] if "[" not in word else word for word in filled]
     if not any(word.startswith("experiment=") for word in filled):
