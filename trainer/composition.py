@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import hydra
+from hydra._internal.core_plugins.bash_completion import BashCompletion
 from hydra._internal.utils import get_args_parser  # the one description of Hydra's own flags
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
@@ -85,6 +86,12 @@ def execute(job: Callable[[DictConfig, list[str]], int], arguments: Sequence[str
     if failures:
         raise failures[0]
     return next((code for code in codes if code), 0)
+
+
+def completions(line: str) -> list[str]:
+    """What the last word of the arguments `line` could become: groups, choices, keys, values, files."""
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        return BashCompletion(GlobalHydra.instance().config_loader())._query(MAIN, line)
 
 
 def _named(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
