@@ -45,3 +45,17 @@ def describe(hint: Any) -> str:
     if get_origin(hint) in (list, tuple, Sequence):
         return f"a list with {describe(get_args(hint)[0])} in each place"
     return getattr(hint, "__name__", str(hint))
+
+
+def format_seconds(seconds: float) -> str:
+    """4:05 or 1:04:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def short_number(value: float | str) -> str:
+    """Four significant digits, and no exponent for what fits a line without; a text as it is."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

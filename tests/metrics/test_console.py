@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from trainer.metrics import RunInfo, StepInfo
-from trainer.metrics.console import ConsoleSink, format_seconds
+from trainer.metrics.console import ConsoleSink, Mode
+from trainer.metrics.live import sparkline
+from trainer.wording import format_seconds
 
 MakeRun = Callable[..., RunInfo]
 MakeStep = Callable[..., StepInfo]
@@ -25,8 +29,10 @@ def clock() -> Callable[[], float]:
     return lambda: next(ticks)
 
 
-def play(stream: io.StringIO, clock: Callable[[], float], run: RunInfo, make_step: MakeStep) -> str:
-    sink = ConsoleSink(stream, clock)
+def play(
+    stream: io.StringIO, clock: Callable[[], float], run: RunInfo, make_step: MakeStep, mode: Mode = "auto"
+) -> str:
+    sink = ConsoleSink(mode, stream, clock)
     sink.open(run)
     sink.log(make_step(40))
     sink.log_evaluation(40, {"eval/loss": 3.25, "eval/samples": 1234.0})
@@ -46,22 +52,26 @@ def test_plain_lines_where_there_is_no_terminal(
     ]
 
 
-def test_a_live_bar_on_a_terminal(
+def test_a_live_view_on_a_terminal(
     clock: Callable[[], float], make_run: MakeRun, make_step: MakeStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setenv("TERM", "xterm-256color")
     output = play(Terminal(), clock, make_run(), make_step)
     assert "40/100" in output and "━" in output and "ETA 2:00" in output
-    assert "\x1b[2K" in output, "the bar is redrawn in place"
-    assert "evaluation at step 40" in output
+    assert "\x1b[2K" in output, "the view is redrawn in place"
+    last = output.rpartition("trial")[2]
+    for fact in ("loss", "2.5000  ▁", "12,346 target tokens/s", "2 s a step", "0 % waiting for data", "padding 5.0 %"):
+        assert fact in last
+    for fact in ("bad_record 2", "1.00 GB", "step 40  loss 3.25  samples 1,234", "step 40: saved a checkpoint"):
+        assert fact in last
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1, "the cursor is given back"
     assert output.rstrip().endswith("finished at step 40 after 1:05")
 
 
 def test_steps_skipped_by_overflow_are_shown_when_there_are_some(make_run: MakeRun, make_step: MakeStep) -> None:
     stream = io.StringIO()
-    sink = ConsoleSink(stream)
+    sink = ConsoleSink(stream=stream)
     sink.open(make_run())
     sink.log(make_step(1, skipped_steps=3))
     assert "skipped 3" in stream.getvalue()
@@ -74,6 +84,36 @@ def test_standard_output_is_the_default(
     sink.open(make_run())
     sink.log(make_step(7))
     assert "step   7/100" in capsys.readouterr().out
+
+
+def test_no_colours_where_they_are_not_wanted(
+    clock: Callable[[], float], make_run: MakeRun, make_step: MakeStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    coloured = re.compile(r"\x1b\[(3\d|38;)")
+    assert coloured.search(play(Terminal(), clock, make_run(), make_step))
+    monkeypatch.setenv("NO_COLOR", "1")
+    ticks = iter([0.0, 1.0])
+    assert not coloured.search(play(Terminal(), lambda: next(ticks), make_run(), make_step))
+
+
+def test_json_for_machines(clock: Callable[[], float], make_run: MakeRun, make_step: MakeStep) -> None:
+    rows = [json.loads(line) for line in play(io.StringIO(), clock, make_run(), make_step, "json").splitlines()]
+    assert rows[0]["loss"] == 2.5 and rows[1] == {"step": 40, "eval/loss": 3.25, "eval/samples": 1234.0}
+    assert rows[2:] == [{"step": 40, "event": "saved a checkpoint"}, {"step": 40, "status": "finished"}]
+
+
+def test_quiet_tells_events_and_the_end(clock: Callable[[], float], make_run: MakeRun, make_step: MakeStep) -> None:
+    assert play(Terminal(), clock, make_run(), make_step, "quiet").splitlines() == [
+        "step 40: saved a checkpoint",
+        "finished at step 40 after 1:05",
+    ]
+
+
+def test_a_sparkline_is_the_whole_history() -> None:
+    assert sparkline([1.0, 2.0, 3.0, float("nan")], 10) == "▁▅█"
+    assert len(sparkline([float(n) for n in range(1000)], 48)) == 48
+    assert sparkline([2.0] * 5, 10) == "▁" * 5 and sparkline([], 10) == ""
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (3845, "1:04:05")])

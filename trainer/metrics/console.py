@@ -1,26 +1,37 @@
-"""The run as a person watches it: one live line on a terminal, plain lines anywhere else."""
+"""The run as a person watches it: a live view on a terminal, plain lines or JSON anywhere else."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TextIO
+from dataclasses import asdict
+from typing import Literal, TextIO
 
 from trainer.metrics import RunInfo, StepInfo
+from trainer.metrics.json_lines import json_line
+from trainer.metrics.live import LiveView
+from trainer.wording import format_seconds, short_number
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+Mode = Literal["auto", "live", "lines", "json", "quiet"]
 
 
 class ConsoleSink:
-    """Progress on standard output. On a terminal a bar is redrawn at each logged step; other output goes above it."""
+    """Progress on standard output.
 
-    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    mode: `live`, a few lines redrawn at each logged step, other output above them; `lines`, a line for each logged
+    step; `json`, the objects of metrics.jsonl, a line each; `quiet`, events and the end alone; `auto`, live on a
+    terminal and lines elsewhere. NO_COLOR, as everywhere, takes the colours away.
+    """
+
+    def __init__(
+        self, mode: Mode = "auto", stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`stream`: None for standard output as it is when the run opens; `clock`: seconds."""
+        self._mode = mode
         self._stream = stream
         self._clock = clock
-        self._progress: Progress | None = None
+        self._live: LiveView | None = None
         self._step = 0
 
     def open(self, run: RunInfo) -> None:
@@ -29,41 +40,52 @@ class ConsoleSink:
         self._total_steps = run.total_steps
         self._step = run.first_step
         self._opened_at = self._clock()
-        if self._out.isatty():
-            self._progress = _start_progress(self._out)
-            self._task_id = self._progress.add_task("", total=run.total_steps, completed=run.first_step, facts="")
+        if self._mode == "live" or (self._mode == "auto" and self._out.isatty()):
+            self._live = LiveView(run, self._out)
 
     def log(self, info: StepInfo) -> None:
         """See the contract."""
         self._step = info.step
-        facts = describe_step(info, self._total_steps)
-        if self._progress is not None:
-            self._progress.update(self._task_id, completed=info.step, facts=facts, refresh=True)
-        else:
-            self._print(f"step {info.step:>{len(str(self._total_steps))}}/{self._total_steps}  {facts}")
+        if self._live is not None:
+            self._live.log(info)
+        elif self._mode == "json":
+            self._print(json_line(asdict(info)))
+        elif self._mode != "quiet":
+            width = len(str(self._total_steps))
+            self._print(f"step {info.step:>{width}}/{self._total_steps}  {describe_step(info, self._total_steps)}")
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """See the contract."""
-        figures = "  ".join(f"{name.removeprefix('eval/')} {_short(value)}" for name, value in metrics.items())
-        self._print(f"evaluation at step {step}  {figures}")
+        if self._live is not None:
+            self._live.log_evaluation(step, metrics)
+        elif self._mode == "json":
+            self._print(json_line({"step": step, **metrics}))
+        elif self._mode != "quiet":
+            figures = "  ".join(f"{name.removeprefix('eval/')} {short_number(v)}" for name, v in metrics.items())
+            self._print(f"evaluation at step {step}  {figures}")
 
     def event(self, step: int, message: str) -> None:
         """See the contract."""
         self._step = step
-        self._print(f"step {step}: {message}")
+        if self._live is not None:
+            self._live.event(step, message)
+        elif self._mode == "json":
+            self._print(json_line({"step": step, "event": message}))
+        else:
+            self._print(f"step {step}: {message}")
 
     def close(self, status: str) -> None:
         """See the contract."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-        self._print(f"{status} at step {self._step} after {format_seconds(self._clock() - self._opened_at)}")
+        if self._live is not None:
+            self._live.close()
+            self._live = None
+        if self._mode == "json":
+            self._print(json_line({"step": self._step, "status": status}))
+        else:
+            self._print(f"{status} at step {self._step} after {format_seconds(self._clock() - self._opened_at)}")
 
     def _print(self, line: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(line, file=self._out, flush=True)
+        print(line, file=self._out, flush=True)
 
 
 def describe_step(info: StepInfo, total_steps: int) -> str:
@@ -74,28 +96,3 @@ def describe_step(info: StepInfo, total_steps: int) -> str:
         f"loss {info.loss:.4f}  {info.tokens_per_second:,.0f} tokens/s  lr {info.lr:.2e}"
         f"  grad {info.grad_norm:.2f}{skipped}  ETA {left}"
     )
-
-
-def format_seconds(seconds: float) -> str:
-    """4:05 or 1:04:05."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _short(value: float | str) -> str:
-    """Four significant digits, and no exponent for what fits a line without."""
-    if isinstance(value, str):
-        return value
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _start_progress(stream: TextIO) -> Progress:
-    """A bar without a refresh thread of its own: it is redrawn when a step is logged, never in between."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"))
-    progress = Progress(*columns, console=Console(file=stream), auto_refresh=False)
-    progress.start()
-    return progress

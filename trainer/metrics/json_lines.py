@@ -15,6 +15,12 @@ _log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def json_line(row: Mapping[str, Any]) -> str:
+    """An object as one line; numbers that are not finite become null, so that it is valid JSON."""
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False)
+
+
 class JsonLines:
     """Appends objects that have a `step`; each line is on its way to the disk before `write` returns, unless the disk
     is full: then it waits in memory for a later `write` or `close` to find room.
@@ -33,8 +39,7 @@ class JsonLines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one object. Raises OSError where the disk fails for another reason than a lack of room."""
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._waiting += (json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        self._waiting += (json_line(row) + "\n").encode()
         self._flush()
 
     def close(self) -> None:
