@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,20 @@ for _name in FROM_OUTSIDE:
     os.environ.pop(_name, None)
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: at the end of the run no worker waits for a long test of another."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests and all that they start leave in the system's folder for temporary files goes with the session."""
+    folder = tmp_path_factory.mktemp("tmp")  # a short name: sockets lie there
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ command line of a launcher, variables that are read at import, and hash seeds th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -112,4 +114,8 @@ def _become(command: list[str], cwd: Path, env: Mapping[str, str], streams: Sequ
     assert not missing, f"not imported beforehand: {missing}"
     sys.argv = command
     warnings.filterwarnings("ignore", ".*found in sys.modules after import of package", RuntimeWarning)
-    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    finally:  # as the interpreter does; multiprocessing leaves by os._exit
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
