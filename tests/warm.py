@@ -1,9 +1,9 @@
 """Ranks that start warm: forked from a process that has imported what every run imports.
 
-A process of `python -m trainer` works several seconds on imports before it does anything of its own, and a suite of many
-hundred such processes would do little else. These share the imports; everything after them is a process's own: arguments,
-environment, working folder, streams, threads, exit code. What they cannot show is what only a process from nothing has: the
-command line of a launcher, variables that are read at import, and hash seeds that differ.
+A process of `python -m trainer` works several seconds on imports before it does anything of its own, and a suite of
+many hundred such processes would do little else. These share the imports; everything after them is a process's own:
+arguments, environment, working folder, streams, threads, exit code. What they cannot show is what only a process from
+nothing has: the command line of a launcher, variables that are read at import, and hash seeds that differ.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run_warm(
 
 
 def _places(ranks: int, at_the_end: contextlib.ExitStack) -> list[dict[str, str]]:
-    """The environment of each rank. The store by which they meet is this process's, as it is the agent's of torchrun."""
+    """The environment of each rank. The store by which they meet is in this process, as torchrun's is in its agent."""
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
