@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.warm import run_warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +38,20 @@ for _name in FROM_OUTSIDE:
     os.environ.pop(_name, None)
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: at the end of the run no worker waits for a long test of another."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests and all that they start leave in the system's folder for temporary files goes with the session."""
+    folder = tmp_path_factory.mktemp("tmp")  # a short name: sockets lie there
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -71,10 +89,10 @@ def free_port() -> int:
     return find_free_port()
 
 
-def launch_command(launcher: str | None, ranks: int, module: str) -> list[str]:
-    """The command line before the module's own arguments. `launcher`: None, "torchrun" or "deepspeed"."""
+def launch_command(launcher: str, ranks: int, module: str) -> list[str]:
+    """The command line before the module's own arguments. `launcher`: "python", "torchrun" or "deepspeed"."""
     port = str(find_free_port())
-    if launcher is None:
+    if launcher == "python":
         assert ranks == 1, "several ranks need a launcher"
         return [sys.executable, "-m", module]
     if launcher == "torchrun":
@@ -114,10 +132,11 @@ def trainer_env() -> dict[str, str]:
 
 @pytest.fixture
 def run_trainer(tmp_path: Path, trainer_env: dict[str, str]) -> RunTrainer:
-    """`run_trainer(args, ranks=1, launcher=None, ...)` starts real processes, waits, and returns a `Finished`.
+    """`run_trainer(args, ranks=1, launcher=None, ...)` runs real processes, waits, and returns a `Finished`.
 
     args: the words after `python -m trainer`; `runs_dir` is set to tmp_path/runs unless they name one.
-    ranks, launcher: `launcher` None (one process), "torchrun" or "deepspeed"; ranks > 1 means torchrun unless said.
+    ranks: of one machine. They start warm (see `tests/warm.py`), so that a test costs what it tests.
+    launcher: "python", "torchrun" or "deepspeed" starts from nothing, by that command line.
     cwd: the working directory, default tmp_path. env: added to the environment. timeout: seconds until it is killed.
     module: another command, such as "trainer.evaluate".
     """
@@ -135,8 +154,11 @@ def run_trainer(tmp_path: Path, trainer_env: dict[str, str]) -> RunTrainer:
         given = [arg.partition("=")[2] for arg in args if arg.startswith("runs_dir=")]
         runs_dir = Path(cwd, given[-1]) if given else tmp_path / "runs"
         words = [*args] if given else [*args, f"runs_dir={runs_dir}"]
-        command = launch_command(launcher or (None if ranks == 1 else "torchrun"), ranks, module) + words
-        done = run_command(command, cwd, {**trainer_env, **(env or {})}, timeout)
+        whole_env = {**trainer_env, **(env or {})}
+        if launcher is None:
+            done = run_warm(module, words, ranks, cwd, whole_env, timeout)
+        else:
+            done = run_command(launch_command(launcher, ranks, module) + words, cwd, whole_env, timeout)
         return Finished(done.returncode, done.stdout, done.stderr, runs_dir)
 
     return run

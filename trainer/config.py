@@ -282,6 +282,8 @@ def _missing(key: str) -> str:
 def _read(schema: Any, given: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
     """The good values for the fields of the dataclass `schema`, in their types, nested like it; adds to `problems`."""
     hints = get_type_hints(schema)
+    typed = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(typed, False)
     values: dict[str, Any] = {}
     for name in given:
         if f"{prefix}{name}" == "experiment":
@@ -306,7 +308,7 @@ def _read(schema: Any, given: Mapping[str, Any], prefix: str, problems: list[str
             values |= {} if malformed else {name: value}
         else:
             try:
-                values[name] = _convert(schema, name, value)
+                values[name] = _convert(typed, name, value)
             except OmegaConfBaseException:
                 problems.append(f"{key}={value!r} is not {describe(hint)}.")
     return values
@@ -319,10 +321,11 @@ def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
         yield prefix + name
 
 
-def _convert(schema: Any, name: str, value: Any) -> Any:
-    """`value` as the type of the field `name`, by OmegaConf's rules ("10" is a whole number, 1.5 is not)."""
-    merged: Any = getattr(OmegaConf.merge(OmegaConf.structured(schema), {name: value}), name)
-    return OmegaConf.to_container(merged) if isinstance(merged, ListConfig) else merged
+def _convert(typed: Any, name: str, value: Any) -> Any:
+    """`value` as the type of the field `name` of `typed`, by OmegaConf's rules ("10" is a whole number, 1.5 is not)."""
+    typed[name] = value
+    converted = typed[name]
+    return OmegaConf.to_container(converted) if isinstance(converted, ListConfig) else converted
 
 
 def _malformed(key: str, value: Any, optional: bool = False) -> list[str]:

@@ -5,10 +5,12 @@ Standard library only, so that a builder runs before anything is installed.
 
 from __future__ import annotations
 
+import atexit
 import gzip
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,6 +101,7 @@ def write_checksums(folder: Path) -> None:
 def pip_download(requirement: str, *options: str) -> Path:
     """The wheel of `requirement` (an exact version), in a new temporary folder; exits with pip's words if it fails."""
     folder = Path(tempfile.mkdtemp(prefix="corpus-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run(
         [*command, "--only-binary=:all:", *options, "--dest", str(folder), requirement], text=True, capture_output=True

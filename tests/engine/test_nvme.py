@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import ROOT, launch_command, run_command
+from tests.conftest import ROOT
+from tests.warm import run_warm
 from trainer.engine.nvme import claim_folder
 from trainer.errors import SetupError
 
@@ -24,7 +25,6 @@ def test_it_learns_saves_and_loads_as_in_memory(trainer_env, tmp_path):
 
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("libaio's headers or a compiler are missing")
-    command = [*launch_command("torchrun", 2, "tests.engine.nvme_on_ranks"), str(tmp_path)]
-    done = run_command(command, ROOT, trainer_env, 1200)
+    done = run_warm("tests.engine.nvme_on_ranks", [str(tmp_path)], 2, ROOT, trainer_env, timeout=1200)
     assert done.returncode == 0 and "the same" in done.stdout, done.stderr[-4000:]
     assert not list((tmp_path / "disk").rglob("*.swp"))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from bench.recompute import LiveBytes
 
-from tests.conftest import ROOT, launch_command, run_command
+from tests.conftest import ROOT
+from tests.warm import run_warm
 from trainer.build import build
 from trainer.composition import compose
 from trainer.config import ActivationOffload, Recompute, to_config
@@ -94,7 +95,6 @@ def test_a_compiled_model_decides_for_itself():
 def test_sharded_engines_learn_the_same(trainer_env):
     """Two ranks; see `recompute_on_ranks.py`. Without dropout autograd copies gradients where it took them over."""
     cases = ["zero3:full:0.1", "zero3:selective:0.1", "zero3:full:0.0", "zero2:full:0.1", "zero1:selective:0.1"]
-    command = [*launch_command("torchrun", 2, "tests.engine.recompute_on_ranks"), *cases]
-    done = run_command(command, ROOT, trainer_env, 120)
+    done = run_warm("tests.engine.recompute_on_ranks", cases, 2, ROOT, trainer_env, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [line.partition(" ")[0] for line in done.stdout.splitlines() if "is the same" in line] == cases

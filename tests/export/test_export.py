@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import HERMETIC, ROOT, launch_command, run_command
+from tests.conftest import HERMETIC, ROOT
 from tests.test_pretrained import MODELS, here
 from tests.test_training import tiny
+from tests.warm import run_warm
 from trainer.errors import ConfigError
 from trainer.export.__main__ import main
 from trainer.export.sealed import KEY_VARIABLE
@@ -50,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here(tiny("steps=2", "name=plain"), folder / "runs")
     env = {**os.environ, **HERMETIC, "PYTHONPATH": str(ROOT)}
     words = tiny("steps=2", *T5, "engine=zero3", "engine.tensor_parallel=2", "name=t5", f"runs_dir={folder / 'runs'}")
-    done = run_command([*launch_command("torchrun", 2, "trainer"), *words], folder, env, 200)
+    done = run_warm("trainer", words, 2, folder, env, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs"
 

@@ -139,7 +139,7 @@ def piece_of(name: str, values: torch.Tensor, like: Fragment | None = None) -> F
 @pytest.mark.dist
 @pytest.mark.parametrize("kinds", [["transformer", "post_norm"], ["t5", "decoder", "encoder", "qwen3", "gpt2"]])
 def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path: Path, kinds: list[str]) -> None:
-    mp.spawn(compare, args=(str(tmp_path), kinds), nprocs=RANKS)
+    mp.start_processes(compare, args=(str(tmp_path), kinds), nprocs=RANKS, start_method="forkserver")
 
 
 @pytest.mark.parametrize(
