@@ -90,6 +90,9 @@ class Running:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def run_checks(checks: Sequence[Check]) -> list[Finding]:

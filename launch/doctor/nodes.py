@@ -70,7 +70,7 @@ def together(checks: Sequence[Check]) -> list[Report]:
         except (DistError, RuntimeError):
             cure = "see its log; leave its node out if it stays silent"
             reports.append(Report(f"rank {other}", [problem("nodes", "said nothing in time", cure)]))
-    return [*reports, *_outliers(reports)]
+    return [*reports, *outliers(reports)]
 
 
 def _talk_to_all(world_size: int) -> list[Finding]:
@@ -93,7 +93,7 @@ def _attempt() -> str:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
-def _outliers(reports: Sequence[Report]) -> list[Report]:
+def outliers(reports: Sequence[Report]) -> list[Report]:
     """Devices that are slower than those of the same kind on other nodes."""
     measured: dict[str, dict[str, Mapping[str, float]]] = {}
     for report in reports:

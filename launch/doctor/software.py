@@ -70,10 +70,15 @@ def torch_and_driver() -> list[Finding]:
     except (ImportError, OSError) as error:
         return [problem("torch", f"cannot be imported: {error}", "bash scripts/setup.sh, or pip install torch")]
     on_gpu = torch.cuda.is_available()
-    return [_build(torch.__version__, torch.version.cuda, torch.version.hip, on_gpu), _bf16(on_gpu), _attention(on_gpu)]
+    return [
+        judge_build(torch.__version__, torch.version.cuda, torch.version.hip, on_gpu),
+        _bf16(on_gpu),
+        _attention(on_gpu),
+    ]
 
 
-def _build(torch_version: str, cuda: str | None, hip: str | None, on_gpu: bool) -> Finding:
+def judge_build(torch_version: str, cuda: str | None, hip: str | None, on_gpu: bool) -> Finding:
+    """A torch of this version, built for CUDA or ROCm or neither, beside the driver; `on_gpu`: it finds a GPU."""
     log = nvidia_smi()
     driver = None if log is None else (log.findtext("driver_version"), log.findtext("cuda_version"))
     built = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPU"
@@ -137,8 +142,8 @@ def _nccl_version() -> tuple[int, ...]:
 
 
 def has_kernels(built: Sequence[str], major: int, minor: int) -> bool:
-    """Whether a build for `built` (sm_90a, compute_90: what the driver can compile for later GPUs) has kernels for a GPU
-    of this compute capability."""
+    """Whether a GPU of this compute capability finds kernels in a build for `built`, such as sm_90a, or compute_90:
+    what the driver can compile for that GPU and later ones."""
     for name in built:
         kind, _, digits = name.partition("_")
         number = int(digits.rstrip("af") or 0)
