@@ -1,4 +1,4 @@
-"""The GPUs as their driver describes them: what `nvidia-smi -q -x` prints (drivers 450 to 580 and later)."""
+"""The GPUs as their driver describes them: what `nvidia-smi -q -x` prints (seen of drivers 515 to 590)."""
 
 from __future__ import annotations
 
@@ -125,14 +125,23 @@ def _memory_errors(gpu: Element) -> Iterator[tuple[str, str, str]]:
             f"has had {ever} uncorrectable memory errors in its life, none since the start",
             ("watch it; if more come, have it replaced"),
         )
-    if "Yes" in (gpu.findtext("remapped_rows/remapped_row_failure"), gpu.findtext(".//sram_threshold_exceeded")):
+    if "Yes" in (
+        gpu.findtext("remapped_rows/remapped_row_failure"),
+        gpu.findtext("ecc_errors/aggregate/sram_threshold_exceeded"),
+        gpu.findtext("ecc_errors/unrepairable_memory"),
+    ):
         yield "problem", "cannot mend its memory any more", "have it replaced"
     if "Yes" in (
         gpu.findtext("remapped_rows/remapped_row_pending"),
         gpu.findtext("retired_pages/pending_retirement"),
+        gpu.findtext("ecc_errors/channel_repair_pending"),
+        gpu.findtext("ecc_errors/tpc_repair_pending"),
         gpu.findtext("gpu_reset_status/reset_required"),
     ):
         yield "warning", "waits for a reset to mend its memory", "reset it while idle: nvidia-smi -r, or reboot"
+    action = gpu.findtext("gpu_recovery_action", "None")  # of drivers since 570
+    if action not in ("None", "N/A"):
+        yield "problem", f"is to be recovered, says its driver: {action}", "take it out of use, and do what it says"
     if gpu.findtext("ecc_mode/current_ecc") == "Disabled":
         yield "warning", "has its memory's error correction off", "nvidia-smi -e 1, then reboot"
 
@@ -140,7 +149,7 @@ def _memory_errors(gpu: Element) -> Iterator[tuple[str, str, str]]:
 def _uncorrected(gpu: Element, span: str) -> int:
     """Errors of all kinds of memory in `span`, however finely this driver tells them apart.
 
-    Drivers before 450 name a total; later ones name SRAM and DRAM, and SRAM by parity and SECDED since 550.
+    They name SRAM and DRAM, and SRAM by parity and SECDED since 550.
     """
     counts = {child.tag: _number(child.text) for child in gpu.findall(f"ecc_errors/{span}/*")}
     return int(sum(count for tag, count in counts.items() if "uncorrectable" in tag))

@@ -1,4 +1,4 @@
-"""What `nvidia-smi -q -x` prints, as its drivers 515 (nvsmi_device_v11.dtd) and 535 and 550 (v12) do, shortened."""
+"""What `nvidia-smi -q -x` prints, as its drivers 515 (nvsmi_device_v11.dtd), 550 (v12) and 590 (v13) do, shortened."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ GPU = """\t<gpu id="{bus}">
 \t\t\t<reset_required>No</reset_required>
 \t\t\t<drain_and_reset_recommended>No</drain_and_reset_recommended>
 \t\t</gpu_reset_status>
+\t\t<gpu_recovery_action>None</gpu_recovery_action>
 \t\t<pci>
 \t\t\t<pci_bus_id>{bus}</pci_bus_id>
 \t\t\t<pci_gpu_link_info>
@@ -76,6 +77,9 @@ GPU = """\t<gpu id="{bus}">
 \t\t\t\t<dram_uncorrectable>0</dram_uncorrectable>
 \t\t\t\t<sram_threshold_exceeded>No</sram_threshold_exceeded>
 \t\t\t</aggregate>
+\t\t\t<channel_repair_pending>No</channel_repair_pending>
+\t\t\t<tpc_repair_pending>No</tpc_repair_pending>
+\t\t\t<unrepairable_memory>No</unrepairable_memory>
 \t\t</ecc_errors>
 \t\t<retired_pages>
 \t\t\t<pending_retirement>N/A</pending_retirement>
