@@ -9,6 +9,7 @@ if ! python3 -c 'import venv, ensurepip' 2>/dev/null; then missing+=(python3-ven
 if ! python3 -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null; then
     missing+=(python3-dev)
 fi
+[ -e /usr/include/libaio.h ] || missing+=(libaio-dev)  # engine=zero3_nvme: tests/engine/test_nvme.py
 command -v ip >/dev/null || missing+=(iproute2)  # two hosts on one machine: tests/test_elastic.py
 if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     apt-get -qq update

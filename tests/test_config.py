@@ -160,6 +160,10 @@ def test_interpolations_are_resolved() -> None:
             {"engine": {"kind": "zero", "stage": 3, "offload_optimizer": "nvme"}},
             "engine.offload_optimizer=nvme needs a folder to keep them in; set engine.nvme_path",
         ),
+        (
+            {"engine": {"kind": "zero", "stage": 3, "offload_parameters": "nvme"}},
+            "engine.offload_parameters=nvme needs a folder to keep them in; set engine.nvme_path",
+        ),
         ({"schedule": part(unit="tokens")}, "schedule.unit=tokens needs the number of tokens"),
         ({"stop": {"patience": 3}}, "stop.patience=3 counts evaluations, and eval.every=0 makes none"),
         ({"model": {"d_model": 8}}, "model={'d_model': 8} is no part: it needs _target_"),

@@ -111,16 +111,11 @@ def _of_memory(values: Mapping[str, Any], stage: int) -> list[str]:
                 f"engine.offload_{states}={where} needs ZeRO stage {least} or higher, and engine.stage={stage};"
                 f" choose engine=zero3_offload, or engine.offload_{states}=none."
             )
-    if values.get("engine.offload_optimizer") == "nvme" and values.get("engine.nvme_path") is None:
-        problems.append(
-            "engine.offload_optimizer=nvme needs a folder to keep them in; set engine.nvme_path to one on a fast local"
-            " disk."
-        )
-    if values.get("engine.offload_parameters") == "nvme":
-        problems.append(
-            "engine.offload_parameters=nvme is not supported, only masters and optimizer states live on a disk;"
-            " use engine.offload_parameters=cpu."
-        )
+    problems += [
+        f"{key}=nvme needs a folder to keep them in; set engine.nvme_path to one on a fast local disk."
+        for key in ("engine.offload_optimizer", "engine.offload_parameters")
+        if values.get(key) == "nvme" and values.get("engine.nvme_path") is None
+    ]
     if values.get("engine.compile") and stage == 3:
         problems.append(
             "engine.compile=true does not go with engine.stage=3, which gathers the parameters of each module from"

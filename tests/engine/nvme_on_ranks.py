@@ -1,9 +1,9 @@
-"""Run by every rank of `test_nvme.py`: ZeRO-3 with masters and optimizer states on a disk, beside ZeRO-3 in memory."""
+"""Run by every rank of `test_nvme.py`: ZeRO-3 with parameters, masters and optimizer states on a disk, and layers that
+are computed again, beside ZeRO-3 in memory."""
 
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ from trainer.checkpoint.load import load, newest
 from trainer.checkpoint.save import Checkpointer
 from trainer.composition import compose
 from trainer.config import CheckpointConfig, to_config
+from trainer.engine import nvme
 from trainer.initial import initialise
 from trainer.models.encoder_decoder import EncoderDecoder
 from trainer.parallel.layout import make_layout
@@ -22,7 +23,12 @@ from trainer.plan import make_plan
 from trainer.state import TrainState
 from trainer.tasks import LossSums
 
-build_model = partial(EncoderDecoder, 4000, d_model=256, encoder_layers=1, decoder_layers=1, dropout=0.0)
+
+def build_model():
+    """A matrix of it is not trained."""
+    model = EncoderDecoder(4000, d_model=768, encoder_layers=3, decoder_layers=1, dropout=0.0)
+    model.encoder[0].self_attention.qkv.weight.requires_grad_(False)
+    return model
 
 
 def loss(model, batch):
@@ -47,6 +53,16 @@ def learn(engine, steps):
     return found
 
 
+def on_disk(engine):
+    return [p for p in engine.module.parameters() if p.ds_tensor.status.name == "NOT_AVAILABLE"]
+
+
+def evaluated(engine):
+    ids = torch.arange(8).view(1, 8)
+    with engine.evaluating():
+        return engine.model({"source_ids": ids, "source_mask": torch.ones_like(ids).bool(), "decoder_input_ids": ids})
+
+
 def saved(engine, root, step):
     checkpointer = Checkpointer(root, engine, {}, CheckpointConfig(asynchronous=step == 2), lambda *_: None)
     checkpointer.save(TrainState(step=step), {})
@@ -59,11 +75,24 @@ def bytes_in(folder):
 
 with distributed.process_group(True):
     root = Path(sys.argv[1])
-    swapped = make("engine=zero3_nvme", f"engine.nvme_path={root}/disk")
+    words = ["engine=zero3_nvme", "engine.offload_parameters=nvme", "engine.recompute=full"]
+    swapped = make(*words, f"engine.nvme_path={root}/disk")
     in_memory = make("engine=zero3", "engine.offload_optimizer=cpu")
     for engine in (swapped, in_memory):
         initialise(engine, build_model, seed=0)
+        for piece in engine.frozen():
+            values = torch.randn(piece.shape, generator=torch.Generator().manual_seed(0))
+            piece.fill(values.flatten().to(piece.tensor.dtype) / 50)
     assert learn(swapped, range(2)) == learn(in_memory, range(2))
+    assert torch.equal(evaluated(swapped), evaluated(in_memory))
+    assert len(on_disk(swapped)) == 6 and not on_disk(in_memory), "large matrices and the embedding"
+    assert nvme.parameter_buffers(build_model().bfloat16(), 2)["buffer_count"] < 6, "so they do not stay in memory"
+    with nvme.present(on_disk(swapped)[0]) as parameter:
+        share = parameter.ds_tensor.clone()
+        parameter.ds_tensor.fill_(1)
+    with nvme.present(parameter):
+        assert parameter.ds_tensor.sum() == parameter.ds_tensor.numel(), "what is written goes to the disk"
+        parameter.ds_tensor.copy_(share)
     numel = sum(fragment.tensor.numel() for fragment in swapped.fragments())
     assert sum(flat.numel() for flat in swapped._flats()) < numel / 30, "they are in memory"
     assert bytes_in(root / "disk") > 4 * numel * 0.9

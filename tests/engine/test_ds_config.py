@@ -55,6 +55,8 @@ def test_precision():
 def test_offload_and_clipping():
     zero = make(zero_stage=3, offload_optimizer="cpu", offload_parameters="cpu")["zero_optimization"]
     assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "cpu"
+    zero = make(zero_stage=3, offload_parameters="nvme", nvme_path="/disk/run")["zero_optimization"]
+    assert zero["offload_param"] == {"device": "nvme", "pin_memory": False, "nvme_path": "/disk/run", "max_in_cpu": 0}
     assert make(clip_norm=0.5)["gradient_clipping"] == 0.5
     assert make(clip_norm=None)["gradient_clipping"] == 0.0
 

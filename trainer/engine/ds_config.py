@@ -30,9 +30,14 @@ def make_ds_config(plan: RunPlan) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": plan.offload_optimizer, "pin_memory": False}
     if plan.offload_optimizer == "nvme":
         zero["offload_optimizer"] |= {"nvme_path": plan.nvme_path, "buffer_count": _SWAP_BUFFERS}
-        zero["sub_group_size"] = _SWAPPED_ELEMENTS
     if plan.offload_parameters != "none":
         zero["offload_param"] = {"device": plan.offload_parameters, "pin_memory": False}
+    if plan.offload_parameters == "nvme":  # its buffers depend on the model: `trainer.engine.zero` adds them
+        zero["offload_param"] |= {"nvme_path": plan.nvme_path, "max_in_cpu": 0}
+        # What is kept gathered, or read ahead for a backward pass that does not come (evaluation), keeps its buffer.
+        zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    if "nvme" in (plan.offload_optimizer, plan.offload_parameters):
+        zero["sub_group_size"] = _SWAPPED_ELEMENTS
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_size or 1,
         # With a token budget the number of micro-batches varies; any number above 1 makes offload accumulate.

@@ -1,4 +1,4 @@
-"""Masters and optimizer states that live on a disk, and are in memory a sub-group at a time.
+"""What lives on a disk: masters and optimizer states, in memory a sub-group at a time; parameters, while they are used.
 
 DeepSpeed reads and writes them with libaio; `optimizer` is its ZeRO-3 optimizer.
 """
@@ -14,7 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.errors import SetupError
+
+_LEAST_BYTES = 1 << 20
+"""Of a rank's share of a parameter: DeepSpeed keeps smaller ones in host memory (`MIN_AIO_BYTES`)."""
+
+_SPARE = 3  # buffers beside a layer's own: embedding, head, and one more
 
 
 def claim_folder(path: str, rank: int) -> None:
@@ -52,3 +59,35 @@ def in_memory(optimizer: Any, group: int) -> Iterator[None]:
         yield
     finally:
         optimizer._optimizer_states_and_gradient_swap_out(group)
+
+
+def parameter_buffers(model: torch.nn.Module, shards: int) -> dict[str, int]:
+    """How many buffers the parameters on the disk are read into, and how many numbers each holds, for `model` (it may
+    be on the meta device) over `shards` ranks.
+
+    One holds the largest share, and all together those of a layer, which recomputing keeps until its gradients are
+    there.
+    """
+
+    def shares(module: torch.nn.Module) -> list[int]:
+        sizes = ((-(-parameter.numel() // shards), parameter.element_size()) for parameter in module.parameters())
+        return [share for share, size in sizes if share * size >= _LEAST_BYTES]
+
+    stacks = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    layers = [layer for stack in stacks for layer in stack] or [model]
+    most = max(len(shares(layer)) for layer in layers)
+    return {"buffer_count": most + _SPARE, "buffer_size": max(shares(model), default=1)}
+
+
+@contextmanager
+def present(parameter: Any) -> Iterator[Any]:
+    """`parameter`, this rank's share of which is in memory inside; what is written into it goes back to the disk.
+    Does nothing where it stays in memory."""
+    if parameter.ds_tensor.status.name == "AVAILABLE":
+        yield parameter
+        return
+    parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    try:
+        yield parameter
+    finally:
+        parameter.nvme_swapper.swap_out_and_release([parameter])

@@ -118,7 +118,7 @@ def _prepare_nvme(path: str) -> None:
     if not AsyncIOBuilder().is_compatible():
         raise SetupError(
             "Offloading to nvme reads and writes with libaio, and its headers or a C++ compiler are missing; install"
-            " them (Debian, Ubuntu: apt-get install libaio-dev g++), or set engine.offload_optimizer=cpu."
+            " them (Debian, Ubuntu: apt-get install libaio-dev g++), or offload to cpu: engine=zero3_offload."
         )
     nvme.claim_folder(path, distributed.rank())
 
@@ -145,9 +145,14 @@ class ZeroEngine:
         self._slices = slices if slices is not None else {}
         grid = _Grid(self._layout) if self._layout.shard_group is not None else None
         distributed.before_leaving(_forget_groups)
-        self.stage: int = ds_config["zero_optimization"]["stage"]
+        zero: dict[str, Any] = ds_config["zero_optimization"]
+        self.stage: int = zero["stage"]
         self.ranks_must_step_together = self.stage == 3
-        self.fragments_stay = nvme_path is None  # on a disk, they are in memory while they are asked for
+        # on a disk, they are in memory while they are asked for
+        self.fragments_stay = zero.get("offload_optimizer", {}).get("device") != "nvme"
+        if zero.get("offload_param", {}).get("device") == "nvme":
+            with torch.device("meta"):
+                zero["offload_param"] |= nvme.parameter_buffers(build_model(), self._layout.shards)
         with deepspeed.zero.Init(
             data_parallel_group=self._layout.shard_group,
             config_dict_or_path=ds_config,
@@ -297,8 +302,9 @@ def _untrained_partitions(module: torch.nn.Module, rank: int) -> Iterator[Fragme
         if not parameter.requires_grad:
             start = rank * parameter.ds_tensor.ds_numel
             numel = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
-            view = parameter.ds_tensor.data.narrow(0, 0, numel)
-            yield Fragment(name, "frozen", start, tuple(parameter.ds_shape), view, saved=False)
+            with nvme.present(parameter):
+                view = parameter.ds_tensor.data.narrow(0, 0, numel)
+                yield Fragment(name, "frozen", start, tuple(parameter.ds_shape), view, saved=False)
 
 
 class ShardedModel:
