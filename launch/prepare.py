@@ -125,12 +125,10 @@ def git_state() -> dict[str, Any]:
     state: dict[str, Any] = {"version": trainer.__version__}
     commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     if commit is not None:
-        changed = _git(root, "status", "--porcelain") or ""
-        state |= {"commit": commit.strip(), "branch": (_git(root, "branch", "--show-current") or "").strip()}
-        state |= {
-            "changed": changed.splitlines(),
-            "diffstat": (_git(root, "diff", "--shortstat", "HEAD") or "").strip(),
-        }
+        state["commit"] = commit
+        state["branch"] = _git(root, "branch", "--show-current")
+        state["changed"] = (_git(root, "status", "--porcelain") or "").splitlines()
+        state["diffstat"] = _git(root, "diff", "--shortstat", "HEAD")
     return state
 
 
@@ -140,4 +138,4 @@ def _git(root: Path, *words: str) -> str | None:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return redacted(done.stdout) if done.returncode == 0 else None
+    return redacted(done.stdout.rstrip()) if done.returncode == 0 else None
