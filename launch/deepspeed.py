@@ -106,8 +106,8 @@ class DeepSpeed(Launcher):
         return is_alive(handle)
 
     def stop(self, handle: Mapping[str, Any], hard: bool) -> str:
-        """A signal to DeepSpeed's processes would leave the ranks 30 s to save, or none; one rank that is told tells the
-        rest."""
+        """A signal to DeepSpeed's processes would leave the ranks 30 s to save, or none; one rank that is told tells
+        all."""
         beats = read_heartbeats(Path(handle["directory"]) / "heartbeats", 1, handle["created"])
         if hard or 0 not in beats or beats[0].ended:
             return end(handle, hard=handle["head"] is None)  # of several hosts, deepspeed itself ends the others

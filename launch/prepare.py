@@ -110,7 +110,11 @@ def job_in(directory: Path) -> Job:
 
 def said(handle: Mapping[str, Any]) -> str:
     """What was submitted, in words: `host a, pid 17`."""
-    return ", ".join(f"{name} {value}" for name, value in handle.items() if name not in ("created", "directory"))
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in handle.items()
+        if name not in ("created", "directory") and value is not None
+    )
 
 
 def frozen_config(folder: Path) -> Config:

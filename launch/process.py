@@ -20,23 +20,29 @@ from trainer.errors import SetupError
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def run_here(job: Job, command: Sequence[str], stop: Callable[[Mapping[str, Any], bool], object] | None = None) -> int:
+def run_here(
+    job: Job, command: Sequence[str], stop: Callable[[Mapping[str, Any], bool], str] | None = None, **facts: Any
+) -> int:
     """Run `command` to its end in a session of its own, so that a terminal's Ctrl-C comes to it once, by us. Its output
     goes to this process's streams.
 
-    A first signal to this process asks it to stop, a second one ends it: by `stop(handle, hard)`, or by `end`. Returns
-    the run's own exit code where it says one, for launchers know only success and failure.
+    A first signal to this process asks it to stop, a second one ends it: by `stop(handle, hard)`, or by `end`. facts:
+    for the handle. Returns the run's own exit code where it says one, for launchers know only success and failure.
     """
     before = _stamp(job)
     stop = stop or end
     with subprocess.Popen(command, start_new_session=True) as process:
-        handle = {"host": socket.gethostname(), "directory": str(job.directory), **_identity(process.pid)}
+        handle = {"host": socket.gethostname(), "directory": str(job.directory), **_identity(process.pid), **facts}
         told = False
 
         def pass_on(number: int, _: FrameType | None) -> None:
             nonlocal told
             hard, told = told, True
-            print(f"{signal.Signals(number).name}: {stop(handle, hard)}", file=sys.stderr, flush=True)
+            try:
+                done = stop(handle, hard)
+            except SetupError as error:
+                done = str(error)
+            print(f"{signal.Signals(number).name}: {done}", file=sys.stderr, flush=True)
 
         previous = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
         try:

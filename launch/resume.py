@@ -5,6 +5,7 @@ It goes on from its newest checkpoint, with the configuration and the launcher's
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _resume(options: ResumeOptions) -> int:
     job = prepare.job_in(run_directory(options.run, options.runs_dir))
+    os.chdir(job.cwd)  # where relative paths of the launcher's options begin
     launcher, part = prepare.launcher_in(job.folder)
     RunDirectory(job.directory).check(job.config)
     prepare.check_free(job)

@@ -28,8 +28,9 @@ class RunState:
     """How a run stands.
 
     state: prepared (by a dry run), starting (submitted or to start again, and not yet running), running, finished,
-    preempted, failed, or gone: it never said that it ended, and there is no process or job of it. step: the last one known; steps: of the
-    configuration; age: seconds since the last sign of it; place: the launcher and what it submitted.
+    preempted, failed, or gone: it never said that it ended, and there is no process or job of it. step: the last one
+    known; steps: of the configuration; age: seconds since the last sign of it; place: the launcher and what it
+    submitted.
     """
 
     run: str
@@ -112,7 +113,7 @@ def _read_status(folder: Path) -> dict[str, Any]:
 
 def _may_live(host: str, pid: int, beat: float) -> bool:
     if host == socket.gethostname():
-        return psutil.pid_exists(pid)
+        return bool(psutil.pid_exists(pid))
     return time.time() - beat < SILENT_SECONDS
 
 
