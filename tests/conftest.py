@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,12 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests and all that they start leave in the system's folder for temporary files goes with the session."""
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever tests and all that they start leave among temporary files lies in pytest's folder, and goes with it."""
     folder = tmp_path_factory.mktemp("tmp")  # a short name: sockets lie there
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
-    yield
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

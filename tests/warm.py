@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import math
 import multiprocessing
 import os
@@ -28,7 +29,11 @@ from pathlib import Path
 
 import pytest
 
-PRELOADED = ["trainer.main", "trainer.engine.zero", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+PRELOADED = [
+    *("trainer.main", "trainer.composition", "trainer.engine.zero", "torch._dynamo", "tokenizers.implementations"),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3"),
+    *("deepspeed.module_inject.auto_ep_layer", "sacrebleu.metrics.bleu", "sacrebleu.metrics.chrf"),
+]
 GRACE_SECONDS = 30  # as torchrun's agents give
 
 _context = multiprocessing.get_context("forkserver")
@@ -113,6 +118,7 @@ def _become(command: list[str], cwd: Path, env: Mapping[str, str], streams: Sequ
     missing = [name for name in PRELOADED if name not in sys.modules]
     assert not missing, f"not imported beforehand: {missing}"
     sys.argv = command
+    gc.freeze()  # else the first pass copies every page of what is shared
     warnings.filterwarnings("ignore", ".*found in sys.modules after import of package", RuntimeWarning)
     try:
         runpy.run_module(command[0], run_name="__main__", alter_sys=True)
