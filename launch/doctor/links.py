@@ -104,45 +104,46 @@ def judge(told: Mapping[str, Any]) -> list[Finding]:
     if wrong:
         cure = "leave their nodes out, and look for memory errors there; NCCL_DEBUG=INFO shows what carried the data"
         return [problem("links", f"ranks {wrong} received wrong sums", cure)]
-    findings = [_all_reduce(told, several=len(nodes) > 1), _small(told["small_seconds"])]
-    if len(nodes) > 1:
-        findings += _between_nodes(told)
-    if len(ranks) > 1:
-        findings.append(_clocks(told))
-    return findings
-
-
-def _all_reduce(told: Mapping[str, Any], several: bool) -> Finding:
-    ranks, rate, device = told["ranks"], told["bytes_per_second"], told["device"]
+    if len(nodes) == 1:
+        return [_all_reduce("links", told, _within(told["device"])), _small("latency", told["small_seconds"])]
     networks = [one["network"] for one in ranks if one["network"] is not None]
-    if several:
-        expected = min(networks, default=None)
-    elif device == "cpu":
-        expected = _CPU
-    else:
-        expected = next((link for words, link in GPU_LINKS.items() if words in device), _PCIE)
-    seen = f"all-reduce of {len(ranks)} ranks on {device}: {gigabytes(rate)}/s"
+    return [
+        _all_reduce("all-links", told, min(networks, default=None)),
+        _small("all-latency", told["small_seconds"]),
+        *_between_nodes(told),
+        _clocks(told),
+    ]
+
+
+def _within(device: str) -> float:
+    """Bytes per second that are expected of the links of one machine whose devices are called `device`."""
+    return _CPU if device == "cpu" else next((link for words, link in GPU_LINKS.items() if words in device), _PCIE)
+
+
+def _all_reduce(name: str, told: Mapping[str, Any], expected: float | None) -> Finding:
+    rate = told["bytes_per_second"]
+    seen = f"all-reduce of {len(told['ranks'])} ranks on {told['device']}: {gigabytes(rate)}/s"
     figures = {"bytes_per_second": rate}
     if expected is None:
-        return ok("links", f"{seen}; the adapters do not say what they could do", figures=figures)
+        return ok(name, f"{seen}; the adapters do not say what they could do", figures=figures)
     seen += f", and {gigabytes(expected)}/s are expected of its links"
     if rate >= _GOOD_SHARE * expected:
-        return ok("links", seen, figures=figures)
+        return ok(name, seen, figures=figures)
     cure = (
         "NCCL_DEBUG=INFO shows which adapters and protocols are used; NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and"
         " NCCL_IB_HCA choose them"
-        if several
+        if name == "all-links"
         else "see peer-access and gpu-links (`nvidia-smi topo -m`), and what else runs here"
     )
-    return warning("links", seen, cure, figures)
+    return warning(name, seen, cure, figures)
 
 
-def _small(seconds: float) -> Finding:
+def _small(name: str, seconds: float) -> Finding:
     seen, figures = f"a small all-reduce takes {1000 * seconds:.2f} ms", {"seconds": seconds}
     if seconds < _SMALL_SECONDS:
-        return ok("latency", seen, figures=figures)
+        return ok(name, seen, figures=figures)
     cure = "more processes than cores, or a slow network between them: set OMP_NUM_THREADS, and bind ranks to cores"
-    return warning("latency", seen, cure, figures)
+    return warning(name, seen, cure, figures)
 
 
 def _between_nodes(told: Mapping[str, Any]) -> list[Finding]:

@@ -53,9 +53,10 @@ def together(checks: Sequence[Check]) -> list[Report]:
         cure = "MASTER_ADDR must be a name of the first node that all others reach, and no firewall between them"
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return [Report(host, [problem("rendezvous", f"{address} does not answer: {lines[0]}", cure)])]
-    findings = _talk_to_all(world_size)
+    findings = _talk_to_all()
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        findings += run_checks(checks)
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)  # then the links have been measured
+        findings += run_checks([check for check in checks if not (alone and check.name == "links")])
     store.set(f"doctor/{rank}", json.dumps({"host": host, "findings": [asdict(finding) for finding in findings]}))
     if rank > 0:
         return []
@@ -73,7 +74,7 @@ def together(checks: Sequence[Check]) -> list[Report]:
     return [*reports, *outliers(reports)]
 
 
-def _talk_to_all(world_size: int) -> list[Finding]:
+def _talk_to_all() -> list[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         check = Check(
             "links",
@@ -84,13 +85,12 @@ def _talk_to_all(world_size: int) -> list[Finding]:
             " NCCL_SOCKET_IFNAME to the interface that they share; NCCL_DEBUG=INFO shows where NCCL waits",
             (str(Path(folder, "told.json")),),
             # the store is there already, with the launcher or with our rank 0
-            {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": _attempt()},
+            {
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            },
         )
         return run_checks([check])
-
-
-def _attempt() -> str:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def outliers(reports: Sequence[Report]) -> list[Report]:

@@ -18,23 +18,25 @@ def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
 
 
-def check(function, seconds=30.0, arguments=()):
-    return Check(function.__name__, function, "look", seconds, "reboot it", arguments)
+def check(function, seconds=30.0, arguments=(), kind="look"):
+    return Check(f"{function.__name__} {kind}", function, kind, seconds, "reboot it", arguments)
 
 
 def test_crashes_and_hangs_are_findings(tmp_path):
-    pid_file = tmp_path / "pid"
     functions = [broken_checks.aborts, broken_checks.raises, broken_checks.chatters]
     started = time.monotonic()
-    found = run_checks([check(broken_checks.hangs, 6, (str(pid_file),)), *map(check, functions)])
+    hanging = [check(broken_checks.hangs, 6, (str(tmp_path / kind),), kind) for kind in ("look", "ask")]
+    found = run_checks([*hanging, *map(check, functions)])
     assert time.monotonic() - started < 60
-    hung, aborted, raised, chattered = found
+    hung, silent, aborted, raised, chattered = found
     assert hung.state == "problem" and hung.seen == "the check did not end within 6 s" and hung.cure == "reboot it"
+    assert silent.state == "warning", "one can train without a network"
     assert aborted.state == "problem" and "SIGABRT" in aborted.seen
     assert raised.state == "problem" and "RuntimeError: the driver is not loaded" in raised.seen
     assert "python -m launch.doctor.isolation tests.launch.doctor.broken_checks raises" in raised.cure
     assert chattered == ok("chatters", "fine", figures={"seconds": 1.5})
-    assert not running(int(pid_file.read_text())), "what it had started is ended with it"
+    for kind in ("look", "ask"):
+        assert not running(int((tmp_path / kind).read_text())), "what it had started is ended with it"
 
 
 def running(pid: int) -> bool:
