@@ -81,7 +81,13 @@ MODELS = {
 }  # fmt: skip
 
 _FSDP = System(
-    name="FSDP", held=4.0, master=0.0, live_elements=0.0, bucket_elements=0.0, early_stop=True, head_loss="eager",
+    name="FSDP",
+    held=4.0,
+    master=0.0,
+    live_elements=0.0,
+    bucket_elements=0.0,
+    early_stop=True,
+    head_loss="eager",
     fused_projection=False,
 )
 _MEGATRON = System(

@@ -86,7 +86,7 @@ def rendezvous(ranks: int, folder: Path) -> Rows:
         with ThreadPoolExecutor(128) as threads:
             count = min(ranks, _most_files())
             connect, clients = timed(
-                lambda: list(threads.map(lambda _: dist.TCPStore("127.0.0.1", port, timeout=seconds), range(count)))
+                lambda: list(threads.map(lambda _: dist.TCPStore("localhost", port, timeout=seconds), range(count)))
             )
         speakers = clients[:32]
         with ThreadPoolExecutor(len(speakers)) as threads:
@@ -94,7 +94,7 @@ def rendezvous(ranks: int, folder: Path) -> Rows:
                 threads.submit(_answer, store, range(1 + index, ranks, len(speakers)))
                 for index, store in enumerate(speakers)
             ]
-            rank_zero = dist.TCPStore("127.0.0.1", port, timeout=seconds)
+            rank_zero = dist.TCPStore("localhost", port, timeout=seconds)
             meet, _ = timed(lambda: distributed._meet(rank_zero, 0, ranks, 300.0))
             for other in others:
                 other.result()
@@ -109,7 +109,7 @@ def _most_files() -> int:
 
 
 def _serve_store(connection: Any) -> None:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     connection.send(store.port)
     connection.recv()
 
@@ -277,12 +277,12 @@ def mesh(ranks: int, folder: Path) -> Rows:
 
 def _make_mesh(connection: Any, ranks: int, lazy: bool) -> None:
     os.environ["TORCH_GLOO_LAZY_INIT"] = str(int(lazy))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     kept: list[Any] = []
     barrier = threading.Barrier(ranks)
 
     def join(rank: int) -> float:
-        client = dist.TCPStore("127.0.0.1", store.port)
+        client = dist.TCPStore("localhost", store.port)
         barrier.wait()
         begin = time.perf_counter()
         kept.append(dist.ProcessGroupGloo(dist.PrefixStore("group", client), rank, ranks, timedelta(seconds=60)))

@@ -40,7 +40,11 @@ class Local:
         """By how `trainer.parallel.tensor` splits, or with the vocabulary split too."""
         if shape.other is not None:
             return cls(shape.parameters, 0.0, shape.other.largest_layer)
-        tables = shape.embedding * (1 if shape.tied else 2) / (1 if layout.system.splits_vocabulary == "none" else layout.tensor)
+        tables = (
+            shape.embedding
+            * (1 if shape.tied else 2)
+            / (1 if layout.system.splits_vocabulary == "none" else layout.tensor)
+        )
         vectors = shape.parameters - shape.matrices - shape.embedding * (1 if shape.tied else 2)
         inside = shape.matrices / layout.tensor + vectors
         if layout.pipeline > 1:
