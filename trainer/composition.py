@@ -125,7 +125,7 @@ def mistakes(arguments: Sequence[str]) -> tuple[list[str], DictConfig | None]:
     if flags.config_dir is not None:
         if not Path(flags.config_dir).is_dir():
             return [f"--config-dir {flags.config_dir} is no folder."], None
-        extra.append(f"hydra.searchpath=['file://{Path(flags.config_dir).resolve()}']")
+        extra.append(search_path(flags.config_dir))
     directory = Path(flags.config_path).resolve() if flags.config_path else config_directory()
     with hydra.initialize_config_dir(str(directory), version_base="1.3"):
         return _mistakes(flags.config_name or MAIN, flags.overrides, extra, sweeping=flags.multirun)
@@ -227,6 +227,11 @@ def _in_one_line(error: BaseException) -> str:
     """Hydra's message without its line breaks, with OmegaConf's reason where there is one."""
     reason = f" {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
     return " ".join(f"{error}{reason}".partition("Config search path:")[0].split())
+
+
+def search_path(folder: str | Path) -> str:
+    """The override by which a composition also looks into `folder`, as --config-dir lets the trainer."""
+    return f"hydra.searchpath=['file://{Path(folder).resolve()}']"
 
 
 def as_experiment(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

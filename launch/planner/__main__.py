@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from trainer.commands import run_command
 from trainer.errors import ConfigError
+from trainer.wording import did_you_mean
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -70,9 +71,6 @@ def _divided(arguments: list[str]) -> tuple[list[str], list[str], str | None]:
 
 
 def _plan(options: Options, words: list[str], folder: str | None) -> None:
-    from launch.planner.experiment import write_experiment
-    from launch.planner.report import Plan, header, show
-    from launch.planner.search import choose
     from trainer.estimate import load_cluster
 
     problems = [
@@ -86,6 +84,11 @@ def _plan(options: Options, words: list[str], folder: str | None) -> None:
     if options.price is not None:
         cluster = replace(cluster, price_per_hour=options.price)
     config = _composed(words, folder)
+
+    from launch.planner.experiment import write_experiment  # with torch: after what can be refused without
+    from launch.planner.report import Plan, header, show
+    from launch.planner.search import choose
+
     began = time.perf_counter()
     if not options.choose and options.write is None:
         plan = Plan(config, cluster, _predicted(config, cluster), options.tokens)
@@ -108,14 +111,19 @@ def _plan(options: Options, words: list[str], folder: str | None) -> None:
 
 def _composed(words: list[str], folder: str | None) -> Config:
     """The configuration that the trainer would run. Raises ConfigError with everything that is wrong with it."""
-    from launch.planner.experiment import search_path
     from trainer.build import part_problems
-    from trainer.composition import compose
+    from trainer.composition import compose, search_path
     from trainer.config import to_config
 
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(f"--config-dir {folder} is no folder.")
-    return to_config(compose(words if folder is None else [search_path(folder), *words]), part_problems)
+    try:
+        return to_config(compose(words if folder is None else [search_path(folder), *words]), part_problems)
+    except ConfigError as error:
+        own = [field.name for field in fields(Options)]
+        hints = {word: did_you_mean(word.partition("=")[0], own) for word in words}
+        near = [f"{word}, of the planner's own keys{hint}" for word, hint in hints.items() if hint != "."]
+        raise ConfigError(*error.problems, *near) from error
 
 
 def _predicted(config: Config, cluster: Cluster) -> Prediction:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 
 from launch.planner.search import Candidate
 from trainer.build import part_problems
-from trainer.composition import as_experiment, compose
+from trainer.composition import as_experiment, compose, search_path
 from trainer.config import Config, config_to_dict, to_config
 from trainer.errors import ConfigError
 
@@ -44,11 +43,6 @@ def write_experiment(path: Path, words: Sequence[str], chosen: Candidate, header
     return f"python -m trainer --config-dir {path.parent.parent} experiment={path.stem}"
 
 
-def search_path(folder: str) -> str:
-    """The override by which a composition also looks into `folder`, as --config-dir lets the trainer."""
-    return f"hydra.searchpath=['file://{Path(folder).resolve()}']"
-
-
 def _content(words: Sequence[str], config: Config, name: str) -> dict[str, Any]:
     """The file: what was typed, under what was chosen."""
     choices, values = as_experiment(words)
@@ -73,7 +67,7 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _check(path: Path, wanted: Config) -> None:
     """Raises ConfigError where the file, composed as the trainer would, is not the configuration that was chosen."""
-    words = [search_path(os.fspath(path.parent.parent)), f"experiment={path.stem}"]
+    words = [search_path(path.parent.parent), f"experiment={path.stem}"]
     found = config_to_dict(to_config(compose(words), part_problems))
     missing = {**config_to_dict(wanted), "name": path.stem}
     if found != missing:

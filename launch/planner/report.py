@@ -133,7 +133,7 @@ def _totals(plan: Plan) -> Table:
         "step": f"{_seconds(prediction.step_seconds)}",
         "tokens/s": f"{prediction.tokens_per_second:,.0f} ({prediction.tokens_per_second / prediction.ranks:,.0f} a"
         " device), positions of source and target",
-        "MFU": f"{prediction.mfu:.1%} of {prediction.peak_flops / 1e12:,.0f} TFLOP/s",
+        "MFU": f"{prediction.mfu:.1%} of {prediction.peak_flops / 1e12:,.4g} TFLOP/s",
         f"{config.steps:,} steps": _time_and_cost(plan, config.steps * prediction.positions),
     }
     if plan.tokens is not None:

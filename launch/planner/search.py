@@ -38,6 +38,9 @@ _OFFLOADS = (
 )
 """Of optimizer states and of parameters."""
 
+_ALIKE = 1.01
+"""Times of steps within this ratio are the same: no prediction is that exact, and fewer settings go wrong less."""
+
 _MOST_NODES = 4096
 """The largest cluster that is looked at for one that fits."""
 
@@ -71,10 +74,15 @@ class Candidate:
         return f"{batch.micro_size} samples" if batch.micro_tokens is None else f"{batch.micro_tokens:,} tokens"
 
     @property
-    def cost(self) -> tuple[float, int]:
-        """What is searched for the least of: time, and where it is the same, the plainer settings."""
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.prediction.step_seconds.value
+
+    @property
+    def extras(self) -> tuple[int, int]:
+        """How far from plain the settings are; sorts."""
         engine = self.config.engine
-        extras = [
+        unusual = [
             engine.offload_optimizer != Offload.none,
             engine.offload_parameters != Offload.none,
             engine.offload_activations != ActivationOffload.none,
@@ -82,7 +90,7 @@ class Candidate:
             engine.tensor_parallel > 1,
             engine.sequence_parallel > 1,
         ]
-        return self.prediction.step_seconds.value, 10 * sum(extras) + engine.stage
+        return sum(unusual), engine.stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +110,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a search found. best: the fastest that fits with the upper end of its error bar or, `narrowly`, only with
-    the predicted value; runners_up: the fastest of every other arrangement; tried: predictions made."""
+    """What a search found. best: the fastest that fits, of those alike the plainest: with the upper end of its error
+    bar or, `narrowly`, only with the predicted value; runners_up: the fastest of every other arrangement; tried:
+    predictions made."""
 
     best: Candidate
     narrowly: bool
@@ -133,20 +142,26 @@ def choose(config: Config, cluster: Cluster) -> Found:
     """
     search = _Search(config, cluster)
     search.run()
-    fitting = sorted(search.fitting, key=lambda one: one.cost)
+    fitting = sorted(search.fitting, key=lambda one: (one.seconds, one.extras))
     if not fitting:
         if search.least is None:
             make_plan(config, cluster.ranks)  # says which batches divide
             raise ConfigError(*dict.fromkeys(failure.reason for failure in search.failures))
         raise too_small(config, cluster, search.least)
     surely = [one for one in fitting if one.prediction.surely_fits]
-    best = (surely or fitting)[0]
+    best = _plainest(surely or fitting)
     seen, runners_up = {best.arrangement}, []
     for one in surely or fitting:
         if one.arrangement not in seen:
             seen.add(one.arrangement)
             runners_up.append(one)
     return Found(best, not surely, tuple(runners_up), tuple(search.failures), search.tried)
+
+
+def _plainest(fastest_first: list[Candidate]) -> Candidate:
+    """Of those as fast as the first, as far as predictions can tell, the one of the plainest settings."""
+    alike = [one for one in fastest_first if one.seconds <= _ALIKE * fastest_first[0].seconds]
+    return min(alike, key=lambda one: (one.extras, one.seconds))
 
 
 def too_small(config: Config, cluster: Cluster, least: Candidate) -> ConfigError:
