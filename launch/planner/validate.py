@@ -2,7 +2,7 @@
 
 Half of the rows (by the hash of their configuration) fit the numbers of `trainer.estimate.fitted`; errors are told of
 each half, of memory and time apart, and whether what was measured is said to fit. --write renews docs/planner_errors.md
-and its plot, --fit fits again and prints the numbers.
+and its plot, --fit fits again and prints the numbers, --leave-out fits without each source in turn.
 """
 
 from __future__ import annotations
@@ -199,6 +199,18 @@ def fit(chosen: Sequence[Row], tell: Callable[[str], object] = print) -> Fitted:
     return best
 
 
+def left_out(published: Sequence[Row]) -> str:
+    """Errors of the throughputs of each source, with the numbers fitted on all others: what a new source may expect."""
+    chosen = [row for row in published if is_time(row)]
+    lines = []
+    for source in dict.fromkeys(row.source for row in chosen):
+        found = fit([row for row in chosen if row.fitted and row.source != source], tell=lambda _: None)
+        errors = [abs(compare(row, found).error) for row in chosen if row.source == source]
+        numbers = f"{len(errors):4} rows   median {median(errors):6.1%}   90th percentile {quantile(errors, 0.9):6.1%}"
+        lines.append(f"{numbers}   {source}")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 where an error is beyond what docs/planner.md promises."""
     parser = argparse.ArgumentParser(prog="python -m launch.planner.validate", description=__doc__)
@@ -206,8 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--fit", action="store_true", help="fit on the one half again, and print the numbers (a minute)"
     )
+    parser.add_argument("--leave-out", action="store_true", help="fit without each source in turn (some minutes)")
     options = parser.parse_args(arguments)
     published, fitted = list(rows()), FITTED
+    if options.leave_out:
+        print(left_out(published))
+        return 0
     if options.fit:
         fitted = fit([row for row in published if row.fitted and is_time(row)])
         print("\n".join(f"{name:26} {_get(fitted, name):.4g}" for name in EXPECTED))

@@ -68,10 +68,11 @@ def test_parameters_of_public_shapes_are_exact(model):
 def test_parameters_of_encoders_are_exact(model):
     experiment, more = {
         "bert_base": ("bert_masked_lm", []),
-        "vit_base": ("mnist_resnet", ["task.image_size=[32,32]"]),
+        "vit_base": (None, ["task=image_classification", "data=files", "data.path=x", "name=x", "steps=1"]),
         "speech": ("speech_ru", []),
     }[model]
-    resolved = config(f"experiment={experiment}", f"model={model}", *more)
+    chosen = [f"experiment={experiment}"] if experiment else ["batch.global_size=8"]
+    resolved = config(*chosen, f"model={model}", *more)
     with torch.device("meta"):
         built = build(resolved.model, "model")
     assert shape_of(resolved).parameters == sum(parameter.numel() for parameter in built.parameters())
@@ -203,9 +204,9 @@ def test_a_pipeline_has_its_bubble():
     layout = Layout(ranks=8, pipeline=8, micro_size=1, accumulation=16, target_length=2048)
     made = predict(SEVEN_B, layout, load_cluster("a100_80gb"))
     busy = sum(term.value for term in made.step if term.kind == "compute" and term.name != "update")
-    assert value(made, "pipeline bubble") == pytest.approx(7 / 16 * busy)
+    assert value(made, "pipeline bubble") == pytest.approx(7 / 16 * busy, rel=0.01)
     halved = predict(SEVEN_B, replace(layout, interleave=2), load_cluster("a100_80gb"))
-    assert value(halved, "pipeline bubble") == pytest.approx(7 / 32 * busy)
+    assert value(halved, "pipeline bubble") == pytest.approx(7 / 32 * busy, rel=0.01)
 
 
 def test_a_prediction_is_quick():
@@ -250,5 +251,5 @@ def test_clusters_load_and_are_told_when_unknown(tmp_path):
     made = predict(SEVEN_B, Layout(ranks=8, zero_stage=3, target_length=2048), load_cluster(str(own)))
     assert made.cost_to(1e12) == pytest.approx(1e12 / made.tokens_per_second / 3600 * 8 * 2.5)
     own.write_text("memory: 80\n")
-    with pytest.raises(ConfigError, match="memory is no key of a cluster(?s:.*)gpus_per_node has no value"):
+    with pytest.raises(ConfigError, match=r"memory is no key of a cluster(?s:.*)gpus_per_node has no value"):
         load_cluster(str(own))

@@ -60,5 +60,5 @@ FITTED = Fitted()
 MEMORY_ERROR = (0.85, 1.18)
 """The error bar of a rank's memory: 9 of 10 measured values lie between these multiples of the predicted."""
 
-TIME_ERROR = (0.92, 1.16)
+TIME_ERROR = (0.91, 1.18)
 """The same of the seconds of a step."""
