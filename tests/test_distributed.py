@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
+from trainer import distributed
 from trainer.distributed import _meet
 
 
@@ -31,3 +34,29 @@ def test_a_rank_that_does_not_come_is_named(free_port: int) -> None:
     store.set("word/1", "of a rank that has gone")
     with pytest.raises(dist.DistStoreError, match=r"ranks \[1\] did not come within 0.05 s"):
         _meet(store, 0, 2, 0.05)
+
+
+def _talk(rank: int, ranks: int, port: int, as_needed: bool) -> None:
+    """One rank: every small collective, on numbers whose order of summing shows in the last bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        facts = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in facts.items():
+            patch.setenv(name, str(value))
+        patch.setattr(distributed, "_MESH_RANKS", 0 if as_needed else 256)
+        patch.delenv("TORCH_GLOO_LAZY_INIT", raising=False)
+        with distributed.process_group(timeout_seconds=60):
+            tenths = [0.1 * (one + 1) for one in range(ranks)]
+            total = distributed.all_reduce_sum([tenths[rank], 1.0])
+            assert math.isclose(total[0], sum(tenths)) and total[1] == ranks
+            assert len(set(distributed.all_gather_objects(total[0]))) == 1
+            assert distributed.all_reduce_max([rank, -rank]) == [ranks - 1, 0]
+            assert not distributed.every_rank(rank != ranks - 1)
+            assert distributed.gather_objects(rank) == ([*range(ranks)] if rank == 0 else [])
+            assert distributed.broadcast_object(rank) == 0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "as_needed"), [(3, False), (5, True)])
+def test_every_rank_gets_the_same_of_all(ranks: int, as_needed: bool, free_port: int) -> None:
+    """Also of a number that is no power of two, and where connections are made as they are needed."""
+    mp.spawn(_talk, (ranks, free_port, as_needed), ranks)

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.bash_completion import BashCompletion
@@ -134,7 +135,7 @@ def mistakes(arguments: Sequence[str]) -> tuple[list[str], DictConfig | None]:
     if flags.config_dir is not None:
         if not Path(flags.config_dir).is_dir():
             return [f"--config-dir {flags.config_dir} is no folder."], None
-        extra.append(f"hydra.searchpath=['file://{Path(flags.config_dir).resolve()}']")
+        extra.append(search_path(flags.config_dir))
     directory = Path(flags.config_path).resolve() if flags.config_path else config_directory()
     with hydra.initialize_config_dir(str(directory), version_base="1.3"):
         return _mistakes(flags.config_name or MAIN, flags.overrides, extra, sweeping=flags.multirun)
@@ -236,3 +237,30 @@ def _in_one_line(error: BaseException) -> str:
     """Hydra's message without its line breaks, with OmegaConf's reason where there is one."""
     reason = f" {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
     return " ".join(f"{error}{reason}".partition("Config search path:")[0].split())
+
+
+def search_path(folder: str | Path) -> str:
+    """The override by which a composition also looks into `folder`, as --config-dir lets the trainer."""
+    return f"hydra.searchpath=['file://{Path(folder).resolve()}']"
+
+
+def as_experiment(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A command line as a file can say it: the choices of groups, and the values of keys, nested as in the file.
+
+    Raises ConfigError for what no file can say: deleted keys and sweeps.
+    """
+    choices: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            if override.is_delete() or override.is_sweep_override():
+                raise ConfigError(f"{override.input_line} cannot be written into an experiment; leave it out.")
+            if _choices(override.key_or_group, []):
+                choices[override.key_or_group] = override.value()
+            elif not override.key_or_group.startswith("hydra."):
+                inner = values
+                *above, last = override.key_or_group.split(".")
+                for name in above:
+                    inner = inner.setdefault(name, {})
+                inner[last] = override.value()
+    return choices, values

@@ -19,6 +19,12 @@ from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
+_Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of two tensors, element by element."""
+
+_MESH_RANKS = 256
+"""Up to as many, every rank connects to every other when the process group is made."""
+
 _farewells: list[Callable[[], None]] = []
 
 
@@ -59,6 +65,8 @@ def process_group(always: bool = False, timeout_seconds: float = 1800.0) -> Iter
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    if launched_ranks() > _MESH_RANKS:  # a collective then connects the few that it needs
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if launched_ranks() == 1:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it there
         store = torch._C._distributed_c10d.HashStore()
@@ -111,12 +119,12 @@ def _meet(store: torch._C._distributed_c10d.Store, rank: int, world_size: int, t
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """Element-wise sum over all ranks (float64: counts stay exact to 2^53)."""
-    return _all_reduce(values, dist.ReduceOp.SUM)
+    return _all_reduce(values, torch.add)
 
 
 def all_reduce_max(values: Sequence[float]) -> list[float]:
     """Element-wise maximum over all ranks."""
-    return _all_reduce(values, dist.ReduceOp.MAX)
+    return _all_reduce(values, torch.maximum)
 
 
 def every_rank(flag: bool) -> bool:
@@ -124,11 +132,34 @@ def every_rank(flag: bool) -> bool:
     return all_reduce_max([0.0 if flag else 1.0]) == [0.0]
 
 
-def _all_reduce(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+def _all_reduce(
+    values: Sequence[float], operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> list[float]:
+    """Recursive doubling (Thakur et al. 2005, section 4.3): 2 + log2(ranks) messages one after the other, where gloo's
+    ring, made for large tensors, sends 2 x ranks. `operation` commutes, so all ranks get the same bits."""
     if world_size() == 1:
         return list(values)
+    own, ranks = rank(), world_size()
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, op=operation)
+    theirs = torch.empty_like(tensor)
+    doubling = 1 << (ranks.bit_length() - 1)  # ranks that double; each of the others has one of them speak for it
+    if own >= doubling:
+        dist.send(tensor, own - doubling)
+        dist.recv(tensor, own - doubling)
+        return [float(value) for value in tensor.tolist()]
+    if own + doubling < ranks:
+        dist.recv(theirs, own + doubling)
+        tensor = operation(tensor, theirs)
+    distance = 1
+    while distance < doubling:
+        sent = dist.isend(tensor, own ^ distance)
+        dist.recv(theirs, own ^ distance)
+        assert sent is not None, "this rank is of the group"
+        sent.wait()
+        tensor = operation(tensor, theirs)
+        distance *= 2
+    if own + doubling < ranks:
+        dist.send(tensor, own + doubling)
     return [float(value) for value in tensor.tolist()]
 
 
@@ -139,6 +170,15 @@ def all_gather_objects(value: T) -> list[T]:
     gathered: list[T | None] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered  # type: ignore[return-value]  # every slot is filled now
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's (small, picklable) value, in the order of ranks, on rank 0; [] on the others."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[T | None] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered or []  # type: ignore[return-value]  # every slot is filled now
 
 
 def broadcast_object(value: T) -> T:

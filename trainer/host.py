@@ -1,11 +1,24 @@
-"""What the host's C library is told once, before the first tensor."""
+"""What the host and its C library are told once, before the first tensor."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import resource
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc, malloc.h
+
+
+_MANY_FILES = 1 << 16
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files, often 1,024, as far as it may: each rank has a connection to many
+    others, and reads the files that others wrote."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < highest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
 
 
 def return_freed_memory() -> None:

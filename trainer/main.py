@@ -24,7 +24,7 @@ from trainer.errors import PeerError
 from trainer.evaluate import Evaluation, evaluate
 from trainer.guards import watchdog
 from trainer.guards.signals import StopRequest, listening
-from trainer.host import keep_freed_memory, return_freed_memory
+from trainer.host import allow_many_files, keep_freed_memory, return_freed_memory
 from trainer.initial import fill_frozen, initialise
 from trainer.logs import run_log
 from trainer.loop import Outcome, Training, blank_of, fit
@@ -49,6 +49,7 @@ def run(config: Config, overrides: Sequence[str]) -> int:
     if config.dry_run:
         print(dry_run(config))
         return 0
+    allow_many_files()
     keep_freed_memory()
     timeout_seconds = watchdog.collective_seconds(config.guard)
     with (

@@ -152,9 +152,19 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
             f"data.batching=packed: {type(model).__name__} does not keep the samples of a row apart;"
             " use data.batching=bucketed."
         )
+    problems += engine_problems(config, type(task), model)
+    if config.precision == Precision.fp16:
+        problems += _fp16_problems(config, model)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def engine_problems(config: Config, task: type[Any], model: torch.nn.Module) -> list[str]:
+    """What of `config.engine` does not go with a task of this class, the model or the optimizer."""
+    problems = []
     if config.engine.sequence_parallel > 1 and not getattr(task, "splits_positions", True):
         problems.append(
-            f"engine.sequence_parallel={config.engine.sequence_parallel}: the loss of {type(task).__name__} is no sum"
+            f"engine.sequence_parallel={config.engine.sequence_parallel}: the loss of {task.__name__} is no sum"
             " over positions, which ranks could share; use engine.sequence_parallel=1."
         )
     problems += _optimizer_problems(config)
@@ -164,10 +174,7 @@ def check_fit(config: Config, task: Task, model: Any, tokenizer: Tokenizer | Non
     ):
         if value != "none" and not stacked_layers(model):
             problems.append(f"{key}={value}: {type(model).__name__} has no stack of layers; use {key}=none.")
-    if config.precision == Precision.fp16:
-        problems += _fp16_problems(config, model)
-    if problems:
-        raise ConfigError(*problems)
+    return problems
 
 
 _WANTS_WHOLE = {

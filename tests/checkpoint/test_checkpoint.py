@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from trainer.checkpoint.load import Checkpoint, Reader, find, load, newest, read, set_aside
 from trainer.checkpoint.pieces import write_pieces
-from trainer.checkpoint.save import Checkpointer, point, prune
+from trainer.checkpoint.save import Checkpointer, _take_snapshot, point, prune
 from trainer.config import CheckpointConfig
 from trainer.engine.base import Fragment
 from trainer.errors import CheckpointError
@@ -178,6 +178,44 @@ def test_any_range_can_be_read_from_any_split(tmp_path, numel, cuts, data):
         assert torch.equal(target, whole[start:end])
         with pytest.raises(CheckpointError, match="elements wanted"):
             reader.read_into("w", "master", start, torch.empty(numel + 1))
+
+
+@dataclass
+class OneRow(OneMatrix):
+    """A rank that holds some rows of a matrix."""
+
+    rank: int = 0
+
+    def fragments(self):
+        for key in ("master", "exp_avg"):
+            yield Fragment("w", key, self.rank * self.value.numel(), self.shape, self.value.view(-1))
+
+
+@pytest.mark.parametrize(("ranks", "rank", "opened"), [(8, 5, 1), (4, 2, 2), (1, 0, 8), (8, 0, 1), (8, 7, 1)])
+def test_a_rank_opens_the_shards_that_it_needs_alone(tmp_path, monkeypatch, ranks, rank, opened):
+    """Eight ranks wrote; those of a job of the same shape read their own file, others as few as will do."""
+    files = {f"shard_{one:05d}.safetensors": {} for one in range(8)}
+    for one, name in enumerate(files):
+        tensors = {f"w|{key}|{3 * one}": torch.full((3,), float(one)) for key in ("master", "exp_avg")}
+        save_file(tensors, tmp_path / name, {"w|master": "[8, 3]", "w|exp_avg": "[8, 3]"})
+    names = []
+    open_one = Reader._open
+    monkeypatch.setattr(Reader, "_open", lambda self, path: (names.append(path.name), open_one(self, path))[1])
+    monkeypatch.setattr("trainer.distributed.rank", lambda: rank)
+    monkeypatch.setattr("trainer.distributed.world_size", lambda: ranks)
+    rows = 8 // ranks
+    engine = OneRow(torch.zeros(rows, 3), shape=(8, 3), rank=rank)
+    load(Checkpoint(tmp_path, {"files": files}, TrainState(), {}, {}), engine)
+    assert engine.value[:, 0].tolist() == list(range(rank * rows, (rank + 1) * rows))
+    assert len(names) == opened
+
+
+def test_of_a_parameter_that_many_ranks_share_one_tells_its_shape(tmp_path):
+    """Or rank 0 would be told as many shapes as there are parameters, times ranks."""
+    snapshots = [_take_snapshot(OneRow(torch.zeros(1, 3), shape=(4, 3), rank=rank), TrainState(), {}, True)
+                 for rank in range(4)]  # fmt: skip
+    assert [dict(one.shapes) for one in snapshots] == [{"w": [4, 3]}, {}, {}, {}]
+    assert all(one.metadata["w|master"] == "[4, 3]" for one in snapshots)
 
 
 @pytest.fixture

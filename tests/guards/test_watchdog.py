@@ -18,7 +18,15 @@ from tests.conftest import launch_command
 from tests.test_training import tiny
 from trainer.config import GuardConfig
 from trainer.guards import watchdog
-from trainer.guards.heartbeats import Heartbeat, explain_gone, read_heartbeats, who_has_gone, who_is_late
+from trainer.guards.heartbeats import (
+    Heartbeat,
+    beat_seconds,
+    explain_gone,
+    read_heartbeats,
+    who_has_gone,
+    who_is_late,
+    witnesses,
+)
 
 NOW = 1_000_000.0
 DEADLINE = 120  # seconds until a test gives up waiting
@@ -91,6 +99,23 @@ def test_heartbeats_of_an_earlier_start_do_not_count(tmp_path):
         one.write(tmp_path / "heartbeats")
     (tmp_path / "heartbeats" / "rank_00002.json").write_text("half a li")
     assert read_heartbeats(tmp_path / "heartbeats", world_size=4, after=NOW - 400) == {0: beat(0)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 31, 32, 1000, 16_384])
+def test_some_ranks_of_a_large_job_look_at_all_and_all_of_a_small_one(world_size):
+    """Or every rank of thousands would read a file of every other at the same time."""
+    chosen = witnesses(world_size)
+    assert 0 in chosen and len(chosen) <= 32
+    assert world_size >= 32 or list(chosen) == list(range(world_size))
+    assert len({rank // 8 for rank in chosen}) >= min(16, -(-world_size // 8))  # on hosts of their own
+    assert world_size / beat_seconds(world_size) < 4000 and 1 <= beat_seconds(world_size) <= 5
+
+
+def test_a_rank_that_is_no_witness_does_not_speak(monkeypatch):
+    monkeypatch.setattr(watchdog, "_WITNESS_SECONDS", 0.0)
+    monkeypatch.setattr(watchdog, "beat_seconds", lambda _: 0.0)
+    error = watchdog.explain_lost_peer(watchdog._Watched(rank=3, world_size=1024), "Connection reset by peer")
+    assert not error.speaks and "Connection reset" in str(error)
 
 
 def test_who_has_gone():

@@ -64,6 +64,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "llama32_3b": _llama(3072, 8192, 28, 24, 8, 32.0, True),
     "llama31_8b": _llama(4096, 14_336, 32, 32, 8, 8.0, False),
     "llama31_70b": _llama(8192, 28_672, 80, 64, 8, 8.0, False),
+    "llama31_405b": _llama(16_384, 53_248, 126, 128, 8, 8.0, False),
     "qwen2_05b": _qwen("qwen2", 151_936, 896, 4864, 24, 14, 2, True, **QWEN2),
     "qwen2_7b": _qwen("qwen2", 152_064, 3584, 18_944, 28, 28, 4, False, **QWEN2),
     "qwen3_06b": _qwen("qwen3", 151_936, 1024, 3072, 28, 16, 8, True, **QWEN3),

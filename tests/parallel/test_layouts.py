@@ -17,7 +17,7 @@ from trainer.models.decoder import Decoder
 from trainer.models.encoder import Encoder
 from trainer.models.encoder_decoder import EncoderDecoder
 from trainer.models.mlp import MLP
-from trainer.parallel.layout import Layout, make_layout
+from trainer.parallel.layout import Layout, make_layout, members
 from trainer.parallel.sequence import own_part, split_positions
 from trainer.parallel.slices import of_whole
 from trainer.parallel.tensor import split_matrices
@@ -168,3 +168,15 @@ def test_places_of_ranks() -> None:
     assert places == list(itertools.product(range(2), repeat=3))
     assert [one.shard_rank for one in layouts] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [one.rank for one in layouts if one.speaks] == [0, 4]
+
+
+@pytest.mark.parametrize(("sequence", "tensor"), [(1, 2), (2, 1), (2, 2), (3, 4), (1, 24), (24, 1)])
+def test_the_members_of_a_ranks_groups_are_those_of_its_place(sequence, tensor):
+    for rank in range(24):
+        own = Layout(rank, 24 // (sequence * tensor), sequence, tensor)
+        every = [Layout(one, own.data, sequence, tensor) for one in range(24)]
+        shard, own_sequence, own_tensor = members(rank, 24, sequence, tensor)
+        assert list(shard) == [one.rank for one in every if one.tensor_rank == own.tensor_rank]
+        same = [one for one in every if one.data_rank == own.data_rank]
+        assert list(own_sequence) == [one.rank for one in same if one.tensor_rank == own.tensor_rank]
+        assert list(own_tensor) == [one.rank for one in same if one.sequence_rank == own.sequence_rank]

@@ -15,6 +15,7 @@ from trainer.checkpoint.remote import RemoteRun
 from trainer.checkpoint.save import best_of, point
 from trainer.config import CheckpointConfig, Config
 from trainer.errors import CheckpointError
+from trainer.guards import watchdog
 from trainer.run_directory import Copy, RunDirectory
 
 _log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def begin(config: Config, directory: RunDirectory) -> Checkpoint | None:
     """
     if config.checkpoint.remote is None:
         directory.check(config)
-        return newest(directory.checkpoints)
+        return newest(directory.checkpoints, watchdog.progress)
     remote = RemoteRun(config)
     copies = remote.whole()
     try:
@@ -40,12 +41,12 @@ def begin(config: Config, directory: RunDirectory) -> Checkpoint | None:
             raise CheckpointError(f"{words}; {cure}.") from error
         _log.warning("%s; going on from %s.", words, directory.checkpoints)
         directory.check(config)
-        return newest(directory.checkpoints)
+        return newest(directory.checkpoints, watchdog.progress)
     directory.check(config, Copy(remote.url, written, first is not None))
     if first is None:
-        return newest(directory.checkpoints)
+        return newest(directory.checkpoints, watchdog.progress)
     try:
-        local, damage = newest(directory.checkpoints), None
+        local, damage = newest(directory.checkpoints, watchdog.progress), None
     except CheckpointError as error:
         local, damage = None, error
     try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
+import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from trainer import distributed
 from trainer.build import fits
 from trainer.checkpoint import SEPARATOR, is_step_name, step_name
 from trainer.checkpoint.parse import MANIFEST, STATE, parse_manifest, parse_state
@@ -38,8 +42,12 @@ class Checkpoint:
     lanes: Mapping[int, Mapping[str, Any]]
 
 
-def newest(root: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, or None where there is none.
+def _ignore() -> None:
+    """Nothing."""
+
+
+def newest(root: Path, progress: Callable[[], None] = _ignore) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, or None where there is none. progress: see `read`.
 
     Raises CheckpointError naming the damage when there are checkpoints but none is whole: starting from zero in silence
     would throw a run away.
@@ -48,7 +56,7 @@ def newest(root: Path) -> Checkpoint | None:
     damage = []
     for folder in folders:
         try:
-            return read(folder)
+            return read(folder, progress)
         except CheckpointError as error:
             damage.append(str(error))
             _log.warning("%s Looking for an older checkpoint.", error)
@@ -87,22 +95,28 @@ def find(root: Path, which: str) -> Checkpoint:
     return read(root / name)
 
 
-def read(folder: Path) -> Checkpoint:
+def read(folder: Path, progress: Callable[[], None] = _ignore) -> Checkpoint:
     """Read and verify a checkpoint's manifest, the presence, size and SHA-256 of its files.
 
-    Raises CheckpointError naming the file that is missing or damaged.
+    progress: called for each file; terabytes take long, and are no hang. Raises CheckpointError naming the file that is
+    missing or damaged.
     """
     manifest = parse_manifest(_own(folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
-    for name, facts in manifest["files"].items():
-        path, num_bytes = _own(folder / name), facts["bytes"]
-        if path.stat().st_size != num_bytes:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {num_bytes}; it is damaged."
-            )
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                raise CheckpointError(f"{path} does not match the SHA-256 in its manifest; it is damaged.")
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as threads:  # hashing lets go of the interpreter
+        names = manifest["files"]
+        for _ in threads.map(lambda name: _check_file(folder / name, names[name]), names):
+            progress()
     return Checkpoint(folder, manifest, *parse_state((folder / STATE).read_bytes(), str(folder / STATE)))
+
+
+def _check_file(path: Path, facts: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a file is not as its manifest says."""
+    num_bytes = facts["bytes"]
+    if _own(path).stat().st_size != num_bytes:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, its manifest says {num_bytes}; it is damaged.")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+            raise CheckpointError(f"{path} does not match the SHA-256 in its manifest; it is damaged.")
 
 
 def _own(path: Path) -> Path:
@@ -116,6 +130,9 @@ def _own(path: Path) -> Path:
 
 Columns = tuple[int, int] | None
 """See `Fragment.columns`."""
+
+_READERS = 16
+"""Threads that read files to be checked."""
 
 _BLOCK = 1 << 20
 """Elements that are moved at once where columns differ: their places cost eight bytes each."""
@@ -135,28 +152,44 @@ class _Piece:
 class Reader:
     """Reads ranges of flattened states out of a checkpoint's shards, whoever wrote them."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, place: float | None = None) -> None:
+        """place: where this rank stands among all, from 0 to 1. Shards are then opened when they are needed, first
+        what the rank in this place wrote, which is all that a job of the same shape asks for: opening all on every
+        rank takes as many files as there are ranks, squared. None: all are opened at once, and `shapes` has all."""
         self._checkpoint = checkpoint
         self._files = ExitStack()
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        shards = sorted(name for name in checkpoint.manifest["files"] if name.endswith(".safetensors"))
+        first = int((place or 0.0) * len(shards))
+        self._unopened = [shards[index] for index in sorted(range(len(shards)), key=lambda one: -abs(one - first))]
+        self._lazy = place is not None
 
     def __enter__(self) -> Reader:
-        path = self._checkpoint.folder
+        while not self._lazy and self._open_next():
+            pass
+        return self
+
+    def shape(self, parameter: str, state: str) -> tuple[int, ...] | None:
+        """Of a whole state; None where no shard has it."""
+        while (parameter, state) not in self.shapes and self._open_next():
+            pass
+        return self.shapes.get((parameter, state))
+
+    def _open_next(self) -> bool:
+        """Take in what one more shard holds, if there is one. Raises CheckpointError where it is none."""
+        if not self._unopened:
+            return False
+        path = self._checkpoint.folder / self._unopened.pop()
         try:
-            for name in sorted(self._checkpoint.manifest["files"]):
-                if name.endswith(".safetensors"):
-                    path = self._checkpoint.folder / name
-                    self._open(path)
-            for (parameter, state), pieces in self._pieces.items():
-                _check(self.shapes[parameter, state], pieces)
+            self._open(path)
         except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
             self._files.close()
             raise CheckpointError(f"{path} holds no tensors as a save writes them ({error}); it is damaged.") from None
-        return self
+        return True
 
     def _open(self, path: Path) -> None:
-        """Take in what a shard holds. Raises the errors above where it is none."""
+        """`_open_next`, with the errors of what reads the shard."""
         # A mapped file counts as memory of the process, all of it that was read.
         file = self._files.enter_context(safe_open(path, framework="pt", backend="pread"))
         for whole, written in (file.metadata() or {}).items():
@@ -169,7 +202,9 @@ class Reader:
             parameter, state, start, *interval = key.split(SEPARATOR)
             columns = tuple(map(int, interval[0].split(":"))) if interval else None
             (numel,) = file.get_slice(key).get_shape()
-            self._pieces[parameter, state].append(_Piece(int(start), numel, columns, key, file))  # type: ignore[arg-type]
+            piece = _Piece(int(start), numel, columns, key, file)  # type: ignore[arg-type]
+            _check(self.shapes[parameter, state], piece)
+            self._pieces[parameter, state].append(piece)
 
     def __exit__(self, *_: object) -> None:
         self._files.close()
@@ -180,18 +215,26 @@ class Reader:
 
         Raises CheckpointError when the checkpoint does not hold them all.
         """
-        end, filled = start + target.numel(), 0
-        for piece in self._pieces[parameter, state]:
-            if piece.columns != columns:
-                filled += _read_across(piece, self.shapes[parameter, state][1], start, target, columns)
-                continue
-            begin, stop = max(start, piece.start), min(end, piece.start + piece.numel)
-            if begin < stop:
-                part = piece.file.get_slice(piece.key)[begin - piece.start : stop - piece.start]
-                target[begin - start : stop - start].copy_(part)
-                filled += stop - begin
+        filled, pieces = 0, self._pieces[parameter, state]
+        for number in itertools.count():
+            while number == len(pieces) and filled < target.numel() and self._open_next():
+                pass
+            if number == len(pieces):
+                break
+            filled += self._read_piece(pieces[number], self.shapes[parameter, state], start, target, columns)
         if filled < target.numel():
             raise self._lacks(parameter, state, filled, target.numel(), start)
+
+    @staticmethod
+    def _read_piece(piece: _Piece, shape: tuple[int, ...], start: int, target: torch.Tensor, columns: Columns) -> int:
+        """`read_into` from one piece of a state of `shape`; returns how many elements."""
+        if piece.columns != columns:
+            return _read_across(piece, shape[1], start, target, columns)
+        begin, stop = max(start, piece.start), min(start + target.numel(), piece.start + piece.numel)
+        if begin < stop:
+            part = piece.file.get_slice(piece.key)[begin - piece.start : stop - piece.start]
+            target[begin - start : stop - start].copy_(part)
+        return max(0, stop - begin)
 
     def _lacks(self, parameter: str, state: str, found: int, wanted: int, start: int) -> CheckpointError:
         return CheckpointError(
@@ -216,12 +259,11 @@ class Reader:
                 yield parameter, target.view(shape)
 
 
-def _check(shape: tuple[int, ...], pieces: Sequence[_Piece]) -> None:
-    """Raise ValueError where the pieces of a state cannot be parts of it; some may be missing."""
-    for piece in pieces:
-        begin, end = piece.columns or (0, 1)
-        if piece.start < 0 or not 0 <= begin < end or (piece.columns and (len(shape) != 2 or end > shape[1])):
-            raise ValueError(f"{piece.key} is no part of a tensor of shape {shape}")
+def _check(shape: tuple[int, ...], piece: _Piece) -> None:
+    """Raise ValueError where a piece cannot be a part of a state of this shape."""
+    begin, end = piece.columns or (0, 1)
+    if piece.start < 0 or not 0 <= begin < end or (piece.columns and (len(shape) != 2 or end > shape[1])):
+        raise ValueError(f"{piece.key} is no part of a tensor of shape {shape}")
 
 
 def _read_across(piece: _Piece, width: int, start: int, target: torch.Tensor, columns: Columns) -> int:
@@ -250,10 +292,10 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
 
     Raises CheckpointError listing parameters that differ in name or shape.
     """
-    with Reader(checkpoint) as reader:
+    with Reader(checkpoint, distributed.rank() / distributed.world_size()) as reader:
         problems = []
         for fragment in engine.fragments():
-            shape = reader.shapes.get((fragment.parameter, fragment.key))
+            shape = reader.shape(fragment.parameter, fragment.key)
             if shape is None:
                 problems.append(f"{fragment.parameter} ({fragment.key}) is not in the checkpoint")
             elif shape != fragment.shape:

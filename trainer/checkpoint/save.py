@@ -137,13 +137,8 @@ class Checkpointer:
         assert self._snapshot is not None and self._thread is not None, "nothing was begun"
         self._thread.join()
         snapshot, self._snapshot = self._snapshot, None
-        shards = distributed.all_gather_objects(self._shard)
-        failures = [f"rank {rank}: {one.failure}" for rank, one in enumerate(shards) if one.failure is not None]
-        if not failures:
-            failures = distributed.on_rank_zero(lambda: self._publish(snapshot, shards))
-        if failures:
-            distributed.on_rank_zero(lambda: shutil.rmtree(self._partial(snapshot.state.step), ignore_errors=True))
-        self._conclude(snapshot.state.step, failures)
+        shards = distributed.gather_objects(self._shard)
+        self._conclude(snapshot.state.step, distributed.on_rank_zero(lambda: self._publish(snapshot, shards)))
 
     def _conclude(self, step: int, failures: list[str]) -> None:
         self.failure = f"the checkpoint of step {step} was not written: {'; '.join(failures)}" if failures else None
@@ -231,6 +226,10 @@ class Checkpointer:
     def _publish(self, snapshot: _Snapshot, shards: list[_Shard]) -> list[str]:
         """On rank 0: state, manifest, rename, pointers, and what need not be kept; returns what went wrong."""
         step = snapshot.state.step
+        failures = [f"rank {rank}: {one.failure}" for rank, one in enumerate(shards) if one.failure is not None]
+        if failures:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+            return failures
         try:
             _seal(self._partial(step), snapshot, shards, self._plan)
             self._partial(step).rename(self._root / step_name(step))
@@ -241,6 +240,7 @@ class Checkpointer:
                 self._copier.offer()
             self._prune()
         except OSError as error:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
             return [f"rank 0: {error}"]
         return []
 
@@ -267,7 +267,7 @@ def _take_snapshot(engine: Engine, state: TrainState, lanes: Mapping[int, Any], 
         else:
             tensors[key] = fragment.tensor if engine.fragments_stay else _copy(fragment.tensor)
         metadata[f"{fragment.parameter}{SEPARATOR}{fragment.key}"] = json.dumps(fragment.shape)
-        if fragment.key == "master":
+        if fragment.key == "master" and fragment.start == 0:  # who has its beginning tells it: not every rank all
             shapes[fragment.parameter] = list(fragment.shape)
     return _Snapshot(state, dict(lanes), engine.scalars(), tensors, metadata, shapes)
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,12 @@ _ORDER = ("start-up", "data", "agree", "forward_backward", "step", "commit", "lo
 
 _NAMED = 8
 """The most ranks that a message names."""
+
+_WITNESSES = 16
+"""The most ranks, about, that look at the signs of life of all."""
+
+_READERS = 16
+"""Threads that read them; most of their time is the file system's."""
 
 ENDED = "ended"
 
@@ -66,13 +73,26 @@ class Heartbeat:
 
 def read_heartbeats(folder: Path, world_size: int, after: float) -> dict[int, Heartbeat]:
     """The last sign of life of each rank, by rank; none of before `after`, for those are of an earlier start."""
-    beats = {}
-    for rank in range(world_size):
+
+    def read_one(rank: int) -> Heartbeat | None:
         with suppress(OSError, ValueError, TypeError):
-            beat = Heartbeat(**json.loads(_path(folder, rank).read_text(encoding="utf-8")))
-            if beat.beat >= after:
-                beats[rank] = beat
-    return beats
+            return Heartbeat(**json.loads(_path(folder, rank).read_text(encoding="utf-8")))
+        return None
+
+    with ThreadPoolExecutor(_READERS) as threads:
+        found = list(threads.map(read_one, range(world_size)))
+    return {beat.rank: beat for beat in found if beat is not None and beat.beat >= after}
+
+
+def witnesses(world_size: int) -> range:
+    """The ranks that find out who is late or has gone: all of a small job, some on many hosts of a large one, for each
+    has to read a file of every rank."""
+    return range(0, world_size, max(1, world_size // _WITNESSES))
+
+
+def beat_seconds(world_size: int) -> float:
+    """Between two signs of life of a rank: rarer in a large job, whose files are all of one file system."""
+    return max(1.0, min(5.0, world_size / 1000))
 
 
 def _path(folder: Path, rank: int) -> Path:

@@ -26,19 +26,23 @@ from trainer.errors import PeerError
 from trainer.guards.heartbeats import (
     ENDED,
     Heartbeat,
+    beat_seconds,
     explain_gone,
     memory,
     oom_kills,
     read_heartbeats,
     who_has_gone,
     who_is_late,
+    witnesses,
 )
 from trainer.run_directory import RunDirectory
 
 LONG = {"evaluate": 4, "commit": 4, "save": 4, "rollback": 4}
 """Sections that may take a multiple of guard.step_seconds."""
 
-BEAT_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
+"""Between two looks at how long this rank has been where it is."""
+
 _FROZEN_SECONDS = 10.0
 """Where the watching thread itself did not run for so long, the whole process was stopped, and nobody is to blame."""
 
@@ -47,6 +51,9 @@ _SILENCE_SECONDS = (4.0, 60.0)
 
 _REPORT_SECONDS = 20.0
 """For the last words; a file system that hangs must not keep a process that hangs."""
+
+_WITNESS_SECONDS = 8.0
+"""That a rank which is no witness gives those who are to speak."""
 
 _BROKEN = re.compile(
     r"(closed|reset) by peer|Broken pipe|Timed out waiting|Socket Timeout|Socket closed|remote process exited"
@@ -123,13 +130,13 @@ def watching(guard: GuardConfig) -> Iterator[None]:
     finally:
         watched.over.set()
         for thread in threads:
-            thread.join(timeout=2 * BEAT_SECONDS)
+            thread.join(timeout=2.0)
         _write_beat(watched, ending)
 
 
 def _beat(watched: _Watched) -> None:
     """A thread of its own: the file system may hang, and must not hold up the one that watches."""
-    while not watched.over.wait(BEAT_SECONDS):
+    while not watched.over.wait(beat_seconds(watched.world_size)):
         _write_beat(watched, watched.mark[0])
 
 
@@ -156,7 +163,7 @@ def _limit(watched: _Watched) -> tuple[str, float | None]:
 def _watch(watched: _Watched) -> None:
     """End the process once a section takes too long, or nobody is there any more to end it."""
     last = resumed = time.monotonic()
-    while not watched.over.wait(BEAT_SECONDS / 2):
+    while not watched.over.wait(_LOOK_SECONDS):
         if watched.launcher not in (None, os.getppid()):
             _within(_REPORT_SECONDS, _report_orphan, watched)
             os._exit(PeerError.exit_code)
@@ -182,9 +189,13 @@ def _report(watched: _Watched, key: str, limit: float) -> None:
     """Leave the stacks, and say who is late: on standard error and, if no other rank has, in status.json."""
     stacks = _dump_stacks(watched)
     told = _told(watched)
-    beats = _read(watched)
+    deadline = time.monotonic() + _WITNESS_SECONDS
+    while told is None and watched.rank not in witnesses(watched.world_size) and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+        told = _told(watched)
     if told is None:
-        least, most = _SILENCE_SECONDS
+        beats = _read(watched)
+        least, most = max(_SILENCE_SECONDS[0], 4 * beat_seconds(watched.world_size)), _SILENCE_SECONDS[1]
         late = who_is_late(beats, watched.world_size, time.time(), max(least, min(most, limit / 2)))
         name, step, _ = watched.mark
         text = (
@@ -252,8 +263,12 @@ def explaining_lost_peers() -> Iterator[None]:
 
 def explain_lost_peer(watched: _Watched, error: str) -> PeerError:
     """Who has gone, by the heartbeats that do not come any more; or the hang that another rank has told."""
+    speakers = witnesses(watched.world_size)
+    if watched.rank not in speakers:  # and does not end before they have looked: a launcher may then end them
+        time.sleep(3 * beat_seconds(watched.world_size) + _WITNESS_SECONDS)
+        return PeerError(_told(watched) or f"lost a peer ({error})", speaks=False)
     before = _read(watched)
-    time.sleep(3 * BEAT_SECONDS)
+    time.sleep(3 * beat_seconds(watched.world_size))
     told, beats, now = _told(watched), _read(watched), time.time()
     if told is not None:
         return PeerError(told, speaks=False)
@@ -267,7 +282,7 @@ def explain_lost_peer(watched: _Watched, error: str) -> PeerError:
         return PeerError(text, speaks=watched.rank == 0)
     text = f"lost a peer: {explain_gone(gone, now)}{_out_of_memory(watched, gone)} ({error})"
     numbers = {one if isinstance(one, int) else one.rank for one in gone}
-    speaks = watched.rank == min(set(range(watched.world_size)) - numbers)
+    speaks = watched.rank == min(set(speakers) - numbers)
     if speaks and watched.rank != 0 and watched.directory is not None:  # rank 0 concludes by itself
         watched.directory.conclude("failed", text, PeerError.exit_code)
     return PeerError(text, speaks)

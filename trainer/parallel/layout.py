@@ -80,25 +80,22 @@ def make_layout(sequence: int, tensor: int) -> Layout:
     assert ranks % (sequence * tensor) == 0, f"{sequence} x {tensor} do not divide {ranks}"
     if sequence * tensor == 1:
         return Layout(rank, ranks)
-    every = range(ranks)
-    return Layout(
-        rank,
-        ranks // (sequence * tensor),
-        sequence,
-        tensor,
-        shard_group=_group([[one for one in every if one % tensor == part] for part in range(tensor)]),
-        sequence_group=_group(
-            [
-                [one for one in every if one % tensor == part and one // (tensor * sequence) == data]
-                for data in range(ranks // (sequence * tensor))
-                for part in range(tensor)
-            ]
-        ),
-        tensor_group=_group([list(range(begin, begin + tensor)) for begin in range(0, ranks, tensor)]),
+    data = ranks // (sequence * tensor)
+    shard, own_sequence, own_tensor = members(rank, ranks, sequence, tensor)
+    groups: dict[range, dist.ProcessGroup] = {}
+    for group in (shard, own_sequence, own_tensor):
+        if group not in groups:  # a name is made of the members, so the same ones must not meet twice
+            # By its members alone: thousands of groups of which this rank is no part would each cost it a call.
+            groups[group] = dist.new_group(list(group), use_local_synchronization=True)
+    return Layout(rank, data, sequence, tensor, groups[shard], groups[own_sequence], groups[own_tensor])
+
+
+def members(rank: int, ranks: int, sequence: int, tensor: int) -> tuple[range, range, range]:
+    """The ranks of a rank's `shard_group`, `sequence_group` and `tensor_group` (see `Layout`)."""
+    part, block = rank % tensor, rank // (tensor * sequence) * tensor * sequence
+    first = rank - part
+    return (
+        range(part, ranks, tensor),
+        range(block + part, block + tensor * sequence, tensor),
+        range(first, first + tensor),
     )
-
-
-def _group(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """This rank's of the `groups`."""
-    own, _ = dist.new_subgroups_by_enumeration(groups)  # type: ignore[no-untyped-call]
-    return own  # type: ignore[no-any-return]
