@@ -45,3 +45,11 @@ def describe(hint: Any) -> str:
     if get_origin(hint) in (list, tuple, Sequence):
         return f"a list with {describe(get_args(hint)[0])} in each place"
     return getattr(hint, "__name__", str(hint))
+
+
+def amount(num_bytes: float) -> str:
+    """A number of bytes in a user's words: `1.50 GiB`, `12.0 MiB`, `3 KiB`."""
+    for unit, size, digits in (("TiB", 2**40, 2), ("GiB", 2**30, 2), ("MiB", 2**20, 1)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.{digits}f} {unit}"
+    return f"{num_bytes / 1024:.0f} KiB"
