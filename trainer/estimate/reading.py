@@ -155,7 +155,7 @@ def _vit(part: Mapping[str, Any]) -> Shape:
 
 
 def _patches(part: Mapping[str, Any]) -> int:
-    return 1 + prod(side // part["patch_size"] for side in part["image_size"])
+    return 1 + prod(int(side) // part["patch_size"] for side in part["image_size"])
 
 
 def _other(config: Config) -> Shape:
@@ -207,7 +207,7 @@ def _module_numbers(model: Any, config: Config) -> float:
         if not any(True for _ in module.children()):
             module.register_forward_hook(count)
     model({"inputs": torch.empty((1, *given), device="meta")})
-    return float(2 * total)  # and as much of what stands between the modules
+    return 2.0 * total  # and as much of what stands between the modules
 
 
 def sequence_lengths(config: Config) -> tuple[int, int]:
@@ -224,7 +224,7 @@ def sequence_lengths(config: Config) -> tuple[int, int]:
     if config.model["_target_"].endswith(".ViT"):
         return _patches(config.model), 0
     if "max_source_length" in task:
-        return task["max_source_length"], task["max_target_length"]
+        return int(task["max_source_length"]), int(task["max_target_length"])
     if "max_seconds" in task:
         return int(task["max_seconds"] * FRAMES_PER_SECOND), task["max_target_length"]
     if "input_length" in task:
@@ -289,18 +289,17 @@ def _micro_batches(plan: RunPlan, positions: int) -> tuple[float, float]:
 def _system(config: Config, plan: RunPlan) -> System:
     """What our engines hold in this precision (docs/sharding.md)."""
     zero, narrow = plan.engine == "zero", plan.precision != "fp32"
-    states = optimizer_bytes(config)
+    width = 2.0 if narrow else 4.0
     fused = not config.model["_target_"].endswith((".LSTMSeq2Seq", ".HFModel"))
-    accumulates = plan.accumulation is None or plan.accumulation > 1
-    sums = plan.precision == "bf16" or not zero
+    gradient = {0: 4.0, 1: 6.0 if narrow else 4.0}.get(plan.zero_stage, 4.0 if plan.precision == "bf16" else width)
     return System(
-        working=2.0 if narrow else 4.0,
-        held=2.0 if narrow else 4.0,
+        working=width,
+        held=width,
         master=4.0 if narrow or zero else 0.0,
-        gradient=4.0 if sums else 2.0,
-        arriving=(2.0 if narrow else 4.0) if narrow or zero or accumulates else 0.0,
-        moments=states,
-        sent_gradient=4.0 if not zero or not narrow else 2.0,
+        gradient=gradient,
+        arriving=width if narrow or zero else 0.0,
+        moments=optimizer_bytes(config),
+        sent_gradient=width if zero else 4.0,
         all_reduces_gradients=plan.zero_stage in (0, 1, 2),
         reduces_every_micro_batch=plan.zero_stage >= 2,
         compiled=config.engine.compile,
@@ -310,7 +309,7 @@ def _system(config: Config, plan: RunPlan) -> System:
 
 
 def optimizer_bytes(config: Config) -> float:
-    """Of fp32 states a parameter: two moments of AdamW and its kin, one of Lion, Muon's matrices, and SGD's momentum."""
+    """Of fp32 states a parameter: two moments of AdamW and its kin, one of Lion, Muon (matrices) and SGD's momentum."""
     part = config.optimizer
     name = part["_target_"].rpartition(".")[2]
     one = {"Lion": 4.0, "SGD": 4.0 if part.get("momentum") else 0.0, "Muon": 4.0, "Adafactor": 0.1}
