@@ -234,7 +234,7 @@ def _owners(engine: Any) -> dict[int, str]:
             mark("gradients", master.grad)
     for name, tensor in _hanging_on(engine):
         told = name.lower()
-        if "bucket" in told or "ipg" in told:
+        if told == "buffer":  # of DeepSpeed's buckets
             mark("buffers of collectives", tensor)
         elif "grad" in told or "_sum" in told:
             mark("gradients", tensor)

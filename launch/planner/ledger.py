@@ -71,6 +71,7 @@ class Ledger(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self._watchers: dict[int, weakref.ref[Any]] = {}
         self._seen = 0.0
+        self._due = False
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if operation is torch.ops.prim.device.default:
@@ -82,6 +83,8 @@ class Ledger(TorchDispatchMode):
             found = arguments[0].new_empty((round(places * self._target_fraction), dimensions), dtype=torch.int64)
             self._see(found)
             return found
+        if self._due:  # only now: what has just been made has its owner
+            self.peak.kinds, self._seen, self._due = self.kinds(), self.num_bytes, False
         made = operation(*arguments, **(options or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
@@ -93,8 +96,7 @@ class Ledger(TorchDispatchMode):
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        known = self._storages.get(key)
-        if known is not None:
+        if key in self._storages or tensor.device.type == "meta":
             return
         num_bytes = storage.nbytes()
         self._storages[key] = _Storage(num_bytes, self.phase)
@@ -102,9 +104,7 @@ class Ledger(TorchDispatchMode):
         self.num_bytes += num_bytes
         if self.num_bytes > self.peak.num_bytes:
             self.peak.num_bytes, self.peak.phase = self.num_bytes, self.phase
-            if self.num_bytes > _FINENESS * self._seen:
-                self.peak.kinds = self.kinds()
-                self._seen = self.num_bytes
+            self._due = self.num_bytes > _FINENESS * self._seen
 
     def _forget(self, key: int, _: Any) -> None:
         del self._watchers[key]
