@@ -1,1 +1,1 @@
-"""Know before you pay: what a run takes and how long, and which layout is fastest."""
+"""Before a run: whether it fits, how long it takes, what to choose."""

@@ -63,7 +63,7 @@ def kept_bytes(shape: Shape, layout: Layout, stack: Stack, mode: str) -> float:
         numbers = between + query + kv + query + hidden + between
         return width * stack.positions * numbers + stack.positions * statistics
     residual = 4 * between  # inputs and outputs of two norms
-    attention = query + 2 * kv + (query + kv if shape.rotary else 0.0) + query
+    attention = query + 2 * kv + (query + kv if shape.rotary and layout.system.fused_projection else 0.0) + query
     feed_forward = (4 if shape.gated else 2) * hidden
     numbers = residual + attention + feed_forward
     numbers += (2 * between if masks else 0.0) + (hidden if masks and shape.relative else 0.0)

@@ -105,7 +105,7 @@ def _sharded(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> 
     else:
         reductions = m if stage >= 2 and system.reduces_every_micro_batch else 1
         add("gradients", reductions, system.sent_gradient, layers, all_reduce=system.all_reduces_gradients)
-        stays = stage == 3 and 0 < system.live_elements and size <= system.live_elements
+        stays = stage == 3 and system.live_elements > 0 and size <= system.live_elements
         gathers = 1 if stage < 3 else m if stays else 2 * m
         add("parameters", gathers, system.working, layers)
     if replicas > 1 and stage:

@@ -13,7 +13,7 @@ from trainer.estimate.shape import Shape
 POWER = 0.5
 """Sustained rate grows with the square root of the power a device is allowed."""
 
-LOGIT_PASSES = {"fused": 24.0, "compiled": 14.0, "eager": 46.0}
+LOGIT_PASSES = {"fused": 24.0, "kernel": 14.0, "compiled": 14.0, "eager": 46.0}
 """Bytes that forward and backward of the loss read and write for a logit in bf16: by the operations that each makes."""
 
 FLASH_BACKWARD = 2.5
@@ -134,7 +134,7 @@ def head_seconds(shape: Shape, layout: Layout, rates: Rates) -> float:
         return 0.0
     length = layout.target_length or layout.source_length
     positions = layout.micro_size * length * layout.target_fraction / (layout.sequence * layout.context)
-    vocabulary = shape.vocab_size / (layout.tensor if layout.system.splits_vocabulary else 1)
+    vocabulary = shape.vocab_size / (layout.tensor if layout.system.splits_vocabulary == "logits" else 1)
     passes = LOGIT_PASSES[layout.system.head_loss] * positions * vocabulary * rates.per_byte
     plain = 2 * positions * shape.d_model * vocabulary * rates.per_plain_flop
     return 3 * plain + passes

@@ -7,7 +7,7 @@ from typing import Literal
 
 Recomputing = Literal["none", "selective", "full"]
 Place = Literal["none", "cpu", "nvme"]
-HeadLoss = Literal["fused", "compiled", "eager"]
+HeadLoss = Literal["fused", "kernel", "compiled", "eager"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class System:
     bucket_elements: float = 5e8
     """ZeRO: elements of the buffer in which gradients are collected to be sent."""
     head_loss: HeadLoss = "fused"
-    """Logits: a chunk at a time (`trainer.cross_entropy`), or all, with as many copies as a compiler or plain
-    operations need."""
+    """Logits: a chunk at a time (`trainer.cross_entropy`), or all, with as many copies as a fused kernel, a compiler or
+    plain operations need."""
     attention: Literal["flash", "flash1", "unfused"] = "flash"
     """The kernel family: FlashAttention-2 and later or cuDNN; FlashAttention in Triton of 2022-23; plain products."""
     compiled: bool = False
@@ -57,8 +57,10 @@ class System:
     attention's scores alone (Megatron-LM)."""
     sequence_norms: bool = False
     """Tensor parallel ranks share the positions between products too (Korthikanti et al. 2022)."""
-    splits_vocabulary: bool = False
-    """Tensor parallel ranks share the token table, the head and its logits."""
+    splits_vocabulary: Literal["none", "tables", "logits"] = "none"
+    """What tensor parallel ranks share besides the layers: nothing, the token table and head, these and the logits."""
+    fused_projection: bool = True
+    """Queries, keys and values are one product, whose result is kept as long as the values in it."""
     overlaps: bool = True
     """Collectives of ZeRO run beneath computation."""
     fp8: bool = False

@@ -15,8 +15,8 @@ CHUNK_ELEMENTS = 2**25
 BLOCK_ELEMENTS = 2**27
 """Of logits, and of fp32 scratch on a GPU, that `trainer.cross_entropy` has at once; the same numbers as there."""
 
-LOGIT_BYTES = {"compiled": 8.0, "eager": 14.0}
-"""Of a logit that exists as a whole, in bf16: the logit and its gradient, each 2; and fp32 of 4 each: the gradient, and
+LOGIT_BYTES = {"kernel": 4.0, "compiled": 8.0, "eager": 14.0}
+"""Of a logit that exists as a whole, in bf16: the logit and its gradient, each 2; without a kernel fp32 of 4 each: the gradient, and
 without a compiler the copy and the log of the softmax (or, in the backward pass, its gradient)."""
 
 HOST_PROCESS_BYTES = 3e9
@@ -40,7 +40,7 @@ class Local:
         """By how `trainer.parallel.tensor` splits, or with the vocabulary split too."""
         if shape.other is not None:
             return cls(shape.parameters, 0.0, shape.other.largest_layer)
-        tables = shape.embedding * (1 if shape.tied else 2) / (layout.tensor if layout.system.splits_vocabulary else 1)
+        tables = shape.embedding * (1 if shape.tied else 2) / (1 if layout.system.splits_vocabulary == "none" else layout.tensor)
         vectors = shape.parameters - shape.matrices - shape.embedding * (1 if shape.tied else 2)
         inside = shape.matrices / layout.tensor + vectors
         if layout.pipeline > 1:
@@ -209,7 +209,7 @@ def logit_bytes(shape: Shape, layout: Layout, on_cpu: bool) -> tuple[float, str]
         return 0.0, "none"
     length = layout.target_length or layout.source_length
     positions = layout.micro_size * length * layout.target_fraction / (layout.sequence * layout.context)
-    vocabulary = shape.vocab_size / (layout.tensor if layout.system.splits_vocabulary else 1)
+    vocabulary = shape.vocab_size / (layout.tensor if layout.system.splits_vocabulary == "logits" else 1)
     if layout.system.head_loss != "fused":
         each = LOGIT_BYTES[layout.system.head_loss] * (1.2 if layout.precision == "fp32" else 1.0)
         return each * positions * vocabulary, "bytes x positions x vocabulary"
