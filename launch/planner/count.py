@@ -44,8 +44,8 @@ class Count:
     """What one rank holds and sends.
 
     peak_bytes: most bytes of tensors at once, in `phase`; peak: by kind, to 0.5 %. held: bytes between steps, by kind.
-    host: bytes that lie in host memory by offloading. sent: collectives of one step as (kind, bytes of the whole tensor,
-    ranks, how many).
+    host: bytes that lie in host memory by offloading. sent: collectives of one step as (kind, bytes of the whole
+    tensor, ranks, how many).
     """
 
     ranks: int

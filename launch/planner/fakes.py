@@ -37,7 +37,6 @@ def one_of_many(ranks: int) -> Iterator[None]:
 @contextmanager
 def without_values() -> Iterator[None]:
     """Inside, tensors have shapes and no memory, whoever makes them (`FakeTensorMode`)."""
-    import torch.distributed._tools.fake_collectives  # what collectives make of such tensors
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with ExitStack() as stack:

@@ -1,8 +1,8 @@
 """What a process allocates and sends, written down from beneath PyTorch's operations; of fake tensors or real ones.
 
 PyTorch's own `torch.distributed._tools.MemTracker` does the same for one module, but knows parameters by its hooks
-alone: what ZeRO makes of them it would call temporary, and of collectives it tells nothing. Its totals are those of this
-one (`tests/launch/planner/test_count.py`).
+alone: what ZeRO makes of them it would call temporary, and of collectives it tells nothing. Totals are the same
+(`tests/launch/planner/test_count.py`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from trainer.metrics import RunInfo, StepInfo
+from trainer.wording import amount
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,6 +28,7 @@ class ConsoleSink:
         """See the contract."""
         self._out = self._stream or sys.stdout
         self._total_steps = run.total_steps
+        self._predicted_bytes = run.plan.get("predicted_memory_bytes")
         self._step = run.first_step
         self._opened_at = self._clock()
         if self._out.isatty():
@@ -36,7 +38,7 @@ class ConsoleSink:
     def log(self, info: StepInfo) -> None:
         """See the contract."""
         self._step = info.step
-        facts = describe_step(info, self._total_steps)
+        facts = describe_step(info, self._total_steps, self._predicted_bytes)
         if self._progress is not None:
             self._progress.update(self._task_id, completed=info.step, facts=facts, refresh=True)
         else:
@@ -66,13 +68,17 @@ class ConsoleSink:
             print(line, file=self._out, flush=True)
 
 
-def describe_step(info: StepInfo, total_steps: int) -> str:
-    """The facts of a step that fit a line, with the time left at the present pace."""
+def describe_step(info: StepInfo, total_steps: int, predicted_bytes: float | None = None) -> str:
+    """The facts of a step that fit a line, with the time left at the present pace, and where it was predicted, the
+    memory."""
     left = format_seconds(info.step_seconds * max(0, total_steps - info.step))
+    memory = ""
+    if predicted_bytes is not None:
+        memory = f"  memory {amount(info.memory_bytes)} (predicted {amount(predicted_bytes)})"
     skipped = f"  skipped {info.skipped_steps}" if info.skipped_steps else ""
     return (
         f"loss {info.loss:.4f}  {info.tokens_per_second:,.0f} tokens/s  lr {info.lr:.2e}"
-        f"  grad {info.grad_norm:.2f}{skipped}  ETA {left}"
+        f"  grad {info.grad_norm:.2f}{skipped}{memory}  ETA {left}"
     )
 
 
