@@ -81,23 +81,34 @@ MODELS = {
 }  # fmt: skip
 
 _FSDP = System(
-    name="FSDP", held=4.0, master=0.0, live_elements=0.0, bucket_elements=0.0, early_stop=True, head_loss="eager",
+    name="FSDP",
+    held=4.0,
+    master=0.0,
+    live_elements=0.0,
+    bucket_elements=0.0,
+    early_stop=True,
+    head_loss="eager",
     fused_projection=False,
+    attention="flash",
+    early_hopper=True,
 )
 _MEGATRON = System(
     name="Megatron-LM", gradient=4.0, arriving=0.0, sent_gradient=4.0, head_loss="eager", attention="unfused",
     compiled=True, selective="attention", splits_vocabulary="logits", overlaps=False, bucket_elements=0.0,
 )  # fmt: skip
+_TITAN_TP: dict[str, Any] = {"sequence_norms": True, "splits_vocabulary": "logits"}
 _TITAN = replace(_FSDP, name="torchtitan", sent_gradient=4.0, selective="half")
 
 SYSTEMS = {
     "composer": replace(_FSDP, name="Composer (LLM-Foundry)", attention="flash1", head_loss="kernel"),
     "composer-flash2": replace(_FSDP, name="Composer with FlashAttention-2", head_loss="kernel"),
     "torchtitan": _TITAN,
-    "torchtitan-tp": replace(_TITAN, name="torchtitan with TP", sequence_norms=True, splits_vocabulary="logits"),
+    "torchtitan-tp": replace(_TITAN, name="torchtitan with TP", **_TITAN_TP),
     "torchtitan-compile": replace(_TITAN, name="torchtitan, compiled", compiled=True),
-    "torchtitan-tp-compile": replace(_TITAN, name="torchtitan with TP, compiled", compiled=True, sequence_norms=True, splits_vocabulary="logits"),
-    "torchtitan-2025": replace(_TITAN, name="torchtitan of 2025, compiled", compiled=True, head_loss="compiled"),
+    "torchtitan-tp-compile": replace(_TITAN, name="torchtitan with TP, compiled", compiled=True, **_TITAN_TP),
+    "torchtitan-2025": replace(
+        _TITAN, name="torchtitan of 2025, compiled", compiled=True, head_loss="compiled", early_hopper=False
+    ),
     "fms": replace(_FSDP, name="fms-fsdp", compiled=True),
     "kempnerforge": System(
         name="KempnerForge", master=0.0, gradient=2.0, moments=4.0, sent_gradient=4.0, whole_gradients=True,
@@ -109,10 +120,11 @@ SYSTEMS = {
     "megatron-sp": replace(_MEGATRON, name="Megatron-LM, sequence parallel", sequence_norms=True),
     "nanot5": System(
         name="nanoT5", held=4.0, master=0.0, arriving=0.0, head_loss="eager", attention="unfused", bucket_elements=0.0,
+        autocast=True,
     ),
     "nanot5-compile": System(
         name="nanoT5, compiled", held=4.0, master=0.0, arriving=0.0, head_loss="compiled", attention="unfused",
-        bucket_elements=0.0, compiled=True,
+        bucket_elements=0.0, compiled=True, autocast=True,
     ),
 }  # fmt: skip
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from trainer.estimate.layout import Layout
 from trainer.estimate.shape import Shape
 
+SHORT = 512
+"""Keys up to which attention is plain on a CPU in bf16; the same number as in `trainer.models.attention`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -64,7 +67,7 @@ def kept_bytes(shape: Shape, layout: Layout, stack: Stack, mode: str) -> float:
         return width * stack.positions * numbers + stack.positions * statistics
     residual = 4 * between  # inputs and outputs of two norms
     attention = query + 2 * kv + (query + kv if shape.rotary and layout.system.fused_projection else 0.0) + query
-    feed_forward = (4 if shape.gated else 2) * hidden
+    feed_forward = shape.hidden_kept * hidden
     numbers = residual + attention + feed_forward
     numbers += (2 * between if masks else 0.0) + (hidden if masks and shape.relative else 0.0)
     memory = 0.0
@@ -76,14 +79,22 @@ def kept_bytes(shape: Shape, layout: Layout, stack: Stack, mode: str) -> float:
 
 
 def scores_bytes(shape: Shape, layout: Layout, stack: Stack) -> float:
-    """Of plain attention's weights, with their dropout; fused kernels keep none, but for T5's bias and its gradient,
-    which is as large as one layer's and counted once, in `working_bytes`."""
-    if layout.system.attention != "unfused":
+    """Of plain attention's weights and their dropout; fused kernels keep none.
+
+    On a CPU, PyTorch's fused kernel is left where there is dropout, a bias with a gradient (T5's), or, in bf16, few
+    keys (`trainer.models.attention.attend`).
+    """
+    kind, narrow = layout.system.attention, layout.precision != "fp32"
+    if kind not in ("unfused", "cpu"):
         return 0.0
-    width = 4.0 if layout.precision == "fp32" else 2.0
-    a_pair = width + (width + 1.0 if shape.attention_dropout else 0.0)
-    pairs = stack.positions * (stack.length + stack.memory)
-    return a_pair * shape.num_heads / layout.tensor / layout.sequence * pairs
+    dropped = shape.attention_dropout > 0
+    keys = stack.length + stack.memory
+    if kind == "cpu" and not dropped:
+        own = stack.length if shape.relative or (narrow and stack.length <= SHORT) else 0.0
+        keys = own + (stack.memory if narrow and stack.memory <= SHORT else 0.0)
+    width = 2.0 if narrow else 4.0
+    a_pair = width + ((2 * width if kind == "cpu" else width + 1.0) if dropped else 0.0)
+    return a_pair * shape.num_heads / layout.tensor / layout.sequence * stack.positions * keys
 
 
 def bias_bytes(shape: Shape, layout: Layout) -> float:

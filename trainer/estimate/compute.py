@@ -36,18 +36,20 @@ class Rates:
 
     def __init__(self, layout: Layout, cluster: Cluster, fitted: Fitted) -> None:
         generation, system = cluster.generation, layout.system
-        share = cluster.power_share**POWER
+        share: float = cluster.power_share**POWER
         peaks = cluster.peak_flops
         self.fp8 = system.fp8 and "fp8" in peaks
         self.width = 4.0 if layout.precision == "fp32" else 2.0
         self.peak = peaks.get(layout.precision, peaks["fp32"])
-        self.per_flop = 1 / (peaks["fp8" if self.fp8 else layout.precision] * fitted.products[generation] * share)
+        early = generation == "hopper" and system.early_hopper
+        products = fitted.products["hopper early" if early else generation]
+        self.per_flop = 1 / (peaks["fp8" if self.fp8 else layout.precision] * products * share)
         self.per_byte = 1 / (cluster.memory_bandwidth * fitted.bandwidth)
         family = f"{system.attention} {generation}"
         rate = fitted.attention.get(family, fitted.attention.get(f"flash {generation}", 0.3))
         self.per_attention_flop = 1 / (self.peak * share * rate)
-        self.per_plain_flop = 1 / (self.peak * share * fitted.products[generation])
-        self.eager = 1.0 if system.compiled else fitted.eager
+        self.per_plain_flop = 1 / (self.peak * share * products)
+        self.eager = (1.0 if system.compiled else fitted.eager) * (2.0 if system.autocast else 1.0)
 
     def product(self, rows: float, inner: float, columns: float) -> float:
         """Seconds of [rows, inner] x [inner, columns]: its operations, and reading and writing the three matrices."""
@@ -83,7 +85,8 @@ def attention_seconds(shape: Shape, layout: Layout, stack: Stack, rates: Rates) 
         return forward, FLASH_BACKWARD * forward
     pairs = stack.positions * (stack.length + stack.memory)
     work = 4 * pairs * query * rates.per_plain_flop
-    weights = rates.width * pairs * shape.num_heads / layout.tensor * rates.per_byte
+    width = 4.0 if layout.system.autocast else rates.width
+    weights = width * pairs * shape.num_heads / layout.tensor * rates.per_byte
     return work + 6 * weights, 2 * work + 9 * weights
 
 

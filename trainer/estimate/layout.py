@@ -46,8 +46,9 @@ class System:
     head_loss: HeadLoss = "fused"
     """Logits: a chunk at a time (`trainer.cross_entropy`), or all, with as many copies as a fused kernel, a compiler or
     plain operations need."""
-    attention: Literal["flash", "flash1", "unfused"] = "flash"
-    """The kernel family: FlashAttention-2 and later or cuDNN; FlashAttention in Triton of 2022-23; plain products."""
+    attention: Literal["flash", "flash1", "cudnn", "unfused", "cpu"] = "cudnn"
+    """The kernel family: FlashAttention-2; FlashAttention in Triton of 2022-23; cuDNN's, which PyTorch takes on Hopper
+    (elsewhere the same as "flash"); plain products; what ours does on a CPU."""
     compiled: bool = False
     """Element-wise operations are fused by a compiler or by hand."""
     early_stop: bool = False
@@ -61,8 +62,12 @@ class System:
     """What tensor parallel ranks share besides the layers: nothing, the token table and head, these and the logits."""
     fused_projection: bool = True
     """Queries, keys and values are one product, whose result is kept as long as the values in it."""
+    autocast: bool = False
+    """Only products are in the narrow precision: all else passes over fp32."""
     overlaps: bool = True
     """Collectives of ZeRO run beneath computation."""
+    early_hopper: bool = False
+    """Products of matrices on Hopper by libraries from before its own kernels were in cuBLAS (2023-24)."""
     fp8: bool = False
     """Products of matrices in float8."""
 

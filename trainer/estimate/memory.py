@@ -16,8 +16,8 @@ BLOCK_ELEMENTS = 2**27
 """Of logits, and of fp32 scratch on a GPU, that `trainer.cross_entropy` has at once; the same numbers as there."""
 
 LOGIT_BYTES = {"kernel": 4.0, "compiled": 8.0, "eager": 14.0}
-"""Of a logit that exists as a whole, in bf16: the logit and its gradient, each 2; without a kernel fp32 of 4 each: the gradient, and
-without a compiler the copy and the log of the softmax (or, in the backward pass, its gradient)."""
+"""Of a logit that exists as a whole, in bf16: the logit and its gradient, each 2; without a kernel fp32 of 4 for the
+gradient, and without a compiler also for the copy and for the log of the softmax (later its gradient)."""
 
 HOST_PROCESS_BYTES = 3e9
 """Of a Python process with torch and its libraries on a GPU machine."""
@@ -40,7 +40,11 @@ class Local:
         """By how `trainer.parallel.tensor` splits, or with the vocabulary split too."""
         if shape.other is not None:
             return cls(shape.parameters, 0.0, shape.other.largest_layer)
-        tables = shape.embedding * (1 if shape.tied else 2) / (1 if layout.system.splits_vocabulary == "none" else layout.tensor)
+        tables = (
+            shape.embedding
+            * (1 if shape.tied else 2)
+            / (1 if layout.system.splits_vocabulary == "none" else layout.tensor)
+        )
         vectors = shape.parameters - shape.matrices - shape.embedding * (1 if shape.tied else 2)
         inside = shape.matrices / layout.tensor + vectors
         if layout.pipeline > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trainer.estimate.cluster import Cluster
 from trainer.estimate.compute import model_flops
 from trainer.estimate.fitted import FITTED, MEMORY_ERROR, TIME_ERROR, Fitted
@@ -17,6 +19,8 @@ def predict(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted = FIT
 
     `layout.ranks` counts, not the cluster's number of nodes. For pipelines, of the rank that holds most.
     """
+    if cluster.generation == "cpu" and layout.system.attention in ("flash", "cudnn"):
+        layout = replace(layout, system=replace(layout.system, attention="cpu"))
     memory = device_terms(shape, layout, cluster, fitted)
     host = host_terms(shape, layout, cluster)
     step = step_terms(shape, layout, cluster, fitted)

@@ -53,6 +53,7 @@ def _decoder(part: Mapping[str, Any]) -> Shape:
         decoder_layers=layers,
         vocab_size=part["vocab_size"],
         gated=part.get("activation", "swiglu") in ("swiglu", "geglu"),
+        relu=part.get("activation") == "relu",
         tied=part.get("tie_embeddings", False),
         bias=bias == "all",
         qkv_bias=bias == "qkv",
@@ -81,6 +82,7 @@ def _encoder_decoder(part: Mapping[str, Any]) -> Shape:
         decoder_layers=part["decoder_layers"],
         vocab_size=vocab_size,
         gated=part.get("activation", "relu") in ("swiglu", "geglu"),
+        relu=part.get("activation", "relu") == "relu",
         tied=part.get("tie_embeddings", True),
         bias=bias,
         norms=norms,
@@ -155,7 +157,7 @@ def _vit(part: Mapping[str, Any]) -> Shape:
 
 
 def _patches(part: Mapping[str, Any]) -> int:
-    return 1 + prod(int(side) // part["patch_size"] for side in part["image_size"])
+    return 1 + int(prod(side // part["patch_size"] for side in part["image_size"]))
 
 
 def _other(config: Config) -> Shape:
@@ -196,7 +198,7 @@ def _module_numbers(model: Any, config: Config) -> float:
     size = config.model.get("input_size")
     given = tuple(shape) if shape is not None else (size,) if size is not None else None
     if given is None:
-        return 4.0 * sum(parameter.numel() for parameter in model.parameters())
+        return 4.0 * float(sum(parameter.numel() for parameter in model.parameters()))
     total = 0
 
     def count(_module: Any, _inputs: Any, output: Any) -> None:

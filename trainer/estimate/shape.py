@@ -24,11 +24,12 @@ class Shape:
 
     A Transformer has encoder_layers that read a source, decoder_layers that read a target, or both; with both, each
     decoder layer attends to the encoder too. num_kv_heads, head_dim: None as in `trainer.models.decoder`. vocab_size: 0
-    where there is no head over tokens. gated: three matrices in the feed-forward instead of two. bias: of projections
-    and norms; qkv_bias: of queries, keys and values at least. norms: 1 (RMSNorm) or 2 (LayerNorm with bias) vectors
-    each. positions: rows of the learned tables, all sides together. extra: parameters that nothing else here counts.
-    source_divisor: positions of the encoder for one of the source (speech: 2 frames, patches: 1). relative: attention
-    gets a bias that has a gradient (T5). other: for what is no Transformer; all else is then zero.
+    where there is no head over tokens. gated: three matrices in the feed-forward instead of two. relu: what goes into
+    its activation is not needed again. bias: of projections and norms; qkv_bias: of queries, keys and values at least.
+    norms: 1 (RMSNorm) or 2 (LayerNorm with bias) vectors each. positions: rows of the learned tables, all sides
+    together. extra: parameters that nothing else here counts. source_divisor: positions of the encoder for one of the
+    source (speech: 2 frames, patches: 1). relative: attention gets a bias that has a gradient (T5). other: for what is
+    no Transformer; all else is then zero.
     """
 
     d_model: int = 0
@@ -40,6 +41,7 @@ class Shape:
     head_dim: int | None = None
     vocab_size: int = 0
     gated: bool = False
+    relu: bool = False
     tied: bool = False
     bias: bool = False
     qkv_bias: bool = False
@@ -84,6 +86,11 @@ class Shape:
     def feed_forward_matrices(self) -> int:
         """Elements of the two or three projections of a feed-forward."""
         return (3 if self.gated else 2) * self.d_model * self.d_ff
+
+    @property
+    def hidden_kept(self) -> int:
+        """Tensors as wide as the feed-forward's hidden layer that the backward pass needs."""
+        return 4 if self.gated else 1 if self.relu else 2
 
     @property
     def has_cross(self) -> bool:
