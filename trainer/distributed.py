@@ -78,10 +78,15 @@ def process_group(always: bool = False, timeout_seconds: float = 1800.0) -> Iter
     try:
         yield
     finally:
-        while _farewells:
-            _farewells.pop()()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Give up the process group, after what libraries keep in it (see `before_leaving`)."""
+    while _farewells:
+        _farewells.pop()()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def before_leaving(farewell: Callable[[], None]) -> None:

@@ -1,10 +1,13 @@
-"""What the host and its C library are told once, before the first tensor."""
+"""What the host and its C library are told once, before the first tensor; and how much memory there is."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import resource
+from contextlib import suppress
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc, malloc.h
 
@@ -38,3 +41,20 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most it takes
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
         libc.mallopt(_M_TOP_PAD, 64 << 20)
+
+
+def memory_limit() -> int:
+    """Bytes that all processes of this job may have together on this host: its memory, or less where the control group
+    (a container, a Slurm job) allows less."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    paths = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in ("", "memory"):
+                file = "memory.limit_in_bytes" if controllers else "memory.max"
+                paths.append(Path(f"/sys/fs/cgroup/{controllers}/{group}/{file}"))
+    for path in paths:
+        with suppress(OSError, ValueError):  # "max" where there is no limit
+            limits.append(int(path.read_text()))
+    return min(limits)

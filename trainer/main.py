@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,12 +23,13 @@ from trainer.data.loader import Loader
 from trainer.engine.ds_config import make_ds_config
 from trainer.errors import PeerError
 from trainer.evaluate import Evaluation, evaluate
+from trainer.expectation import Expectation, expect
 from trainer.guards import watchdog
 from trainer.guards.signals import StopRequest, listening
 from trainer.host import allow_many_files, keep_freed_memory, return_freed_memory
 from trainer.initial import fill_frozen, initialise
 from trainer.logs import run_log
-from trainer.loop import Outcome, Training, blank_of, fit
+from trainer.loop import Outcome, Training, blank_of, fit, memory_bytes
 from trainer.metrics import RunInfo
 from trainer.metrics.meter import Meter, peak_flops
 from trainer.metrics.sinks import JsonLinesSink, SafeSinks
@@ -47,7 +49,8 @@ def run(config: Config, overrides: Sequence[str]) -> int:
     check_parts(config)
     privacy.check_budget(config)
     if config.dry_run:
-        print(dry_run(config))
+        expected = expect(config, distributed.launched_ranks())
+        print(dry_run(config, expected and expected.told))
         return 0
     allow_many_files()
     keep_freed_memory()
@@ -60,10 +63,12 @@ def run(config: Config, overrides: Sequence[str]) -> int:
     ):
         config = to_config(distributed.broadcast_object(config_to_dict(config)))
         with watchdog.explaining_lost_peers():
-            training, begin, lanes = assemble(config, overrides, stop_request, log_to)
+            expected = _expected(config) if distributed.rank() == 0 else None
+            training, begin, lanes = assemble(config, overrides, stop_request, log_to, expected)
         try:
             with watchdog.explaining_lost_peers(), garbage.collected_between_steps():
                 state, outcome = fit(training, begin, lanes)
+                _compare(training, expected, begin, state)
                 if outcome.status == "finished":
                     evaluate_finally(training, state, again=state.step == begin.step)
             training.sinks.event(state.step, f"{outcome.status}: {outcome.reason}")
@@ -83,7 +88,11 @@ def run(config: Config, overrides: Sequence[str]) -> int:
 
 
 def assemble(
-    config: Config, overrides: Sequence[str], stop_request: StopRequest, log_to: Callable[[Path], None]
+    config: Config,
+    overrides: Sequence[str],
+    stop_request: StopRequest,
+    log_to: Callable[[Path], None],
+    expected: Expectation | None = None,
 ) -> tuple[Training, TrainState, dict[int, Any]]:
     """Everything `fit` needs, and where it begins. Whatever can be refused is refused before the first file is
     written."""
@@ -113,7 +122,8 @@ def assemble(
     blank = blank_of(task.collate([corpus.first_sample()]))
 
     ds_config = make_ds_config(plan)
-    distributed.on_rank_zero(lambda: directory.claim(config, overrides, plan.to_dict(), ds_config, tokenizer))
+    planned = plan.to_dict() | {"predicted_memory_bytes": expected and round(expected.memory_bytes)}
+    distributed.on_rank_zero(lambda: directory.claim(config, overrides, planned, ds_config, tokenizer))
     log_to(directory.log(distributed.rank()))
     engine = make_engine(config, plan, build_model, layout)
     return_freed_memory()
@@ -130,19 +140,36 @@ def assemble(
 
     sinks = SafeSinks([])
     if distributed.rank() == 0:
-        print(summarise(config, plan, count_parameters(twin), schedule, directory, state), flush=True)
+        told = expected and expected.told
+        print(summarise(config, plan, count_parameters(twin), schedule, directory, state, told), flush=True)
         sinks = SafeSinks([JsonLinesSink(), *(build(part, f"logging.{name}") for name, part in config.logging.items())])
-        facts = config_to_dict(config), plan.to_dict()
+        facts = config_to_dict(config), planned
         sinks.open(RunInfo(config.name, directory.path, *facts, config.steps, state.step))
         directory.status("running", state.step, "training")
     trace = directory.open_trace(distributed.rank(), state.step) if data.trace and layout.speaks else None
     quarantine = directory.open_quarantine(state.step) if distributed.rank() == 0 else None
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     meter = Meter(time.perf_counter, peak_flops(device_name))
-    told, copier = partial(_tell_saved, directory, sinks), make_copier(config, directory)
-    checkpointer = Checkpointer(directory.checkpoints, engine, plan.to_dict(), config.checkpoint, told, copier)
+    saved, copier = partial(_tell_saved, directory, sinks), make_copier(config, directory)
+    checkpointer = Checkpointer(directory.checkpoints, engine, plan.to_dict(), config.checkpoint, saved, copier)
     facts_of_run = config, plan, layout, directory, task, corpus, loader, engine, checkpointer, schedule, meter
     return Training(*facts_of_run, sinks, stop_request, trace, quarantine, blank), state, lanes
+
+
+def _expected(config: Config) -> Expectation | None:
+    """What the run should take; a warning, where that is more than there is, comes before anything is built."""
+    expected = expect(config, distributed.world_size())
+    if expected is not None and expected.warning is not None:
+        print(f"warning: {expected.warning}", file=sys.stderr, flush=True)
+    return expected
+
+
+def _compare(training: Training, expected: Expectation | None, begin: TrainState, state: TrainState) -> None:
+    """Tell what was predicted beside what was measured, in training, evaluations and saves together."""
+    (measured,) = distributed.all_reduce_max([memory_bytes()])
+    if expected is not None and state.step > begin.step:
+        seconds = (state.seconds - begin.seconds) / (state.step - begin.step)
+        training.sinks.event(state.step, expected.beside(measured, seconds))
 
 
 def _tell_saved(directory: RunDirectory, sinks: SafeSinks, step: int, failure: str | None) -> None:

@@ -21,9 +21,16 @@ from trainer.state import TrainState
 
 
 def summarise(
-    config: Config, plan: RunPlan, parameters: int, schedule: Schedule, directory: RunDirectory, state: TrainState
+    config: Config,
+    plan: RunPlan,
+    parameters: int,
+    schedule: Schedule,
+    directory: RunDirectory,
+    state: TrainState,
+    predicted: str | None = None,
 ) -> str:
-    """Model, batch arithmetic, learning rate, precision, engine, data, run directory; one fact a line."""
+    """Model, batch arithmetic, learning rate, precision, engine, data, run directory; one fact a line. predicted: what
+    it is expected to take."""
     shared = plan.sequence_parallel * plan.tensor_parallel
     ranks = f"{plan.data_parallel} ranks" if shared == 1 else f"{plan.data_parallel} groups of {shared} ranks"
     if plan.micro_tokens is None:
@@ -57,6 +64,8 @@ def summarise(
         "data": _told_data(config.data),
         "run directory": str(directory.path),
     }
+    if predicted is not None:
+        rows["predicted"] = predicted
     if state.step:
         rows["resuming"] = f"after step {state.step:,} ({state.tokens:,} target tokens, epoch {state.epoch:.2f})"
     width = max(map(len, rows))
@@ -73,7 +82,7 @@ def total_progress(config: Config) -> float:
     return config.steps if config.schedule.get("unit", "steps") == "steps" else config.stop.tokens or 0
 
 
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, predicted: str | None = None) -> str:
     """What `config` would do on the WORLD_SIZE ranks of the environment: the summary, plan.json and ds_config.json.
 
     The model is built on the meta device; no data are opened, nothing is written. Raises ConfigError like the run
@@ -84,7 +93,7 @@ def dry_run(config: Config) -> str:
         parameters = count_parameters(build(config.model, "model"))
     check_split(partial(build, config.model, "model"), plan)
     schedule: Schedule = build(config.schedule, "schedule", total=total_progress(config))
-    text = summarise(config, plan, parameters, schedule, RunDirectory.of(config), TrainState())
+    text = summarise(config, plan, parameters, schedule, RunDirectory.of(config), TrainState(), predicted)
     plans = {"plan.json": plan.to_dict(), "ds_config.json": make_ds_config(plan)}
     return "\n".join([text, *(f"{name}: {json.dumps(content, indent=1)}" for name, content in plans.items())])
 

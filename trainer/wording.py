@@ -59,3 +59,11 @@ def short_number(value: float | str) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def amount(num_bytes: float) -> str:
+    """A number of bytes in a user's words: `1.50 GiB`, `12.0 MiB`, `3 KiB`."""
+    for unit, size, digits in (("TiB", 2**40, 2), ("GiB", 2**30, 2), ("MiB", 2**20, 1)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.{digits}f} {unit}"
+    return f"{num_bytes / 1024:.0f} KiB"

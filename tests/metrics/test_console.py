@@ -63,7 +63,7 @@ def test_a_live_view_on_a_terminal(
     last = output.rpartition("trial")[2]
     for fact in ("loss", "2.5000  ▁", "12,346 target tokens/s", "2 s a step", "0 % waiting for data", "padding 5.0 %"):
         assert fact in last
-    for fact in ("bad_record 2", "1.00 GB", "step 40  loss 3.25  samples 1,234", "step 40: saved a checkpoint"):
+    for fact in ("bad_record 2", "953.7 MiB", "step 40  loss 3.25  samples 1,234", "step 40: saved a checkpoint"):
         assert fact in last
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1, "the cursor is given back"
     assert output.rstrip().endswith("finished at step 40 after 1:05")

@@ -47,6 +47,7 @@ with warnings.catch_warnings():
     import deepspeed
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from deepspeed.runtime.utils import all_gather_dp_groups
+    from deepspeed.runtime.zero import partitioned_param_coordinator
 
 # Its shared-memory collectives would be compiled at first use (a minute), and were no faster than gloo's on 2 cores.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -71,6 +72,18 @@ def _forget_groups() -> None:
     if deepspeed.comm.comm.cdb is not None:  # each engine of the job asks for it
         deepspeed.comm.destroy_process_group()
         deepspeed.comm.comm.cdb = None
+
+
+@contextmanager
+def trusting_ranks() -> Iterator[None]:
+    """Inside, DeepSpeed does not ask whether other ranks go through the model in the same order: for a rank that has
+    none beside it (`launch.planner.count`)."""
+    usual = partitioned_param_coordinator.assert_ints_same_as_other_ranks
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda numbers: None
+    try:
+        yield
+    finally:
+        partitioned_param_coordinator.assert_ints_same_as_other_ranks = usual
 
 
 class _Grid:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, TextIO
 
 from trainer.metrics import RunInfo, StepInfo
-from trainer.wording import format_seconds, short_number
+from trainer.wording import amount, format_seconds, short_number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -87,7 +87,9 @@ class LiveView:
             rows.add_row("speed", "  ".join(_speed(info)))
             rows.add_row("update", f"lr {info.lr:.2e}  grad {info.grad_norm:.2f}{_skipped(info)}")
             rows.add_row("data", "  ".join(_data(info)))
-            rows.add_row("memory", f"{info.memory_bytes / 1e9:.2f} GB at the peak of the largest rank")
+            predicted = run.plan.get("predicted_memory_bytes")
+            beside = "" if predicted is None else f", predicted {amount(predicted)}"
+            rows.add_row("memory", f"{amount(info.memory_bytes)} at the peak of the largest rank{beside}")
         if self._evaluation:
             rows.add_row("evaluation", self._evaluation)
         for number, event in enumerate(self._events):
