@@ -181,9 +181,11 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class DebugConfig:
-    """Switches for people who look for a fault."""
+    """Switches for people who look for a fault, or for time."""
 
     traceback: bool = False
+    profile_steps: int = 0  # recorded into profile/ of the run directory
+    profile_after: int = 10  # steps of this start, which warm up
 
 
 @dataclass(frozen=True)

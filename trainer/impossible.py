@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 _LEAST = {
-    **dict.fromkeys(("seed", "eval.every", "checkpoint.every", "engine.stage", "guard.max_anomalies"), 0),
+    **dict.fromkeys(
+        (
+            "seed",
+            "eval.every",
+            "checkpoint.every",
+            "engine.stage",
+            "guard.max_anomalies",
+            "debug.profile_steps",
+            "debug.profile_after",
+        ),
+        0,
+    ),
     **dict.fromkeys(("steps", "log.every", "eval.max_samples", "stop.tokens", "stop.patience", "checkpoint.keep"), 1),
     **dict.fromkeys(("checkpoint.keep_every", "guard.spike_factor"), 1),
     **dict.fromkeys(("engine.sequence_parallel", "engine.tensor_parallel"), 1),

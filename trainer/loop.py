@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer import distributed, garbage, privacy
+from trainer import distributed, garbage, privacy, sections
 from trainer.checkpoint.save import Checkpointer
 from trainer.config import Config
 from trainer.data.corpus import Corpus
@@ -20,7 +20,7 @@ from trainer.data.loader import NO_BATCH, Loader, StepBatch
 from trainer.engine.base import Engine
 from trainer.errors import AnomalyError, DataError, UserError
 from trainer.evaluate import Evaluation, evaluate
-from trainer.guards import anomalies, watchdog
+from trainer.guards import anomalies
 from trainer.guards.signals import PREEMPTED, StopRequest
 from trainer.metrics import StepInfo
 from trainer.metrics.json_lines import JsonLines
@@ -100,7 +100,7 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
     batch, begin_step, saved_at = NO_BATCH, state.step, state.seconds
     while (outcome := _reached_end(config, state)) is None:
         fetch_started = time.perf_counter()
-        watchdog.section("data", state.step + 1)
+        sections.enter("data", state.step + 1)
         batch = next(batches)
         wait_seconds = time.perf_counter() - fetch_started
         if state.step == begin_step > 0:
@@ -112,7 +112,7 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
         lr = config.optimizer["lr"] * training.schedule.factor(_progress(training.schedule, state))
         loss_sum, made = _learn(training, batch, totals, lr, state)
         if totals.written:
-            watchdog.section("commit", state.step + 1)
+            sections.enter("commit", state.step + 1)
             training.checkpointer.commit()
         if made.anomaly is not None:
             reaction = _react(training, state, told, made)
@@ -189,7 +189,7 @@ def _long_ago(config: Config, totals: _StepTotals, saved_at: float) -> bool:
 def _agree(batch: StepBatch, told: StepBatch, state: TrainState, training: Training) -> _StepTotals:
     """One exchange a step: how much every rank brings, and whether any rank wants to stop. told: what counts of the
     batch."""
-    watchdog.section("agree", state.step + 1)
+    sections.enter("agree", state.step + 1)
     local = (
         told.num_target_tokens,
         told.num_samples,
@@ -235,7 +235,7 @@ def _learn(
     torch.manual_seed(hash((training.config.seed, state.step, training.layout.shard_rank)) & 0x7FFF_FFFF_FFFF_FFFF)
     loss_sum = torch.zeros((), device=distributed.device())
     for index, micro_batch in enumerate(_even(batch.micro_batches, totals.micro_batches, training.blank)):
-        watchdog.section("forward_backward", state.step + 1)
+        sections.enter("forward", state.step + 1)
         sums = training.engine.forward_backward(
             training.task,
             on_device(own_part(micro_batch, training.layout)),
@@ -243,14 +243,14 @@ def _learn(
             last=index == totals.micro_batches - 1,
         )
         loss_sum += sums.objective.detach() / training.layout.tensor
-    watchdog.section("step", state.step + 1)
+    sections.enter("optimizer", state.step + 1)
     training.checkpointer.settle()
     return loss_sum, anomalies.update(training.engine, training.config, state, lr, loss_sum, totals.target_tokens)
 
 
 def _react(training: Training, state: TrainState, batch: StepBatch, made: anomalies.Update) -> anomalies.Reaction:
     started = time.perf_counter()
-    watchdog.section("rollback", state.step + 1)
+    sections.enter("rollback", state.step + 1)
     training.checkpointer.finish()
     facts = training.engine, training.directory, training.sinks
     reaction = anomalies.react(training.config.guard, state, made, batch.ids, *facts)
@@ -302,7 +302,7 @@ def _report(
     grad_norm: float,
     lr: float,
 ) -> StepInfo:
-    watchdog.section("log", state.step)
+    sections.enter("log", state.step)
     meter, names = training.meter, training.corpus.count_names
     objective, positions, padding, flops, *counts = distributed.all_reduce_sum(
         (float(loss_sum), meter.positions, meter.padding, meter.flops, *(batch.counts.get(name, 0) for name in names))
@@ -335,7 +335,7 @@ def memory_bytes() -> int:
 def _evaluate(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> TrainState:
     """Evaluate on the validation split; a new best is saved at once and pointed to."""
     started = time.perf_counter()
-    watchdog.section("evaluate", state.step)
+    sections.enter("evaluate", state.step)
     config = training.config
     evaluation = evaluate(
         training.engine,
@@ -357,6 +357,6 @@ def _evaluate(training: Training, state: TrainState, lanes: Mapping[int, Any]) -
 def _save(training: Training, state: TrainState, lanes: Mapping[int, Any], best: bool = False) -> None:
     """Begin to save; the step that finds every rank's part written commits it."""
     started = time.perf_counter()
-    watchdog.section("save", state.step)
+    sections.enter("save", state.step)
     training.checkpointer.save(state, lanes, best)
     training.meter.pause(time.perf_counter() - started)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer import distributed, garbage, privacy
+from trainer import distributed, garbage, privacy, sections
 from trainer.build import build, check_parts
 from trainer.checkpoint.copies import begin, make_copier
 from trainer.checkpoint.load import load, set_aside
@@ -38,6 +38,7 @@ from trainer.parallel.split import check_split
 from trainer.parts import check_evaluation, check_fit, make_corpus, make_engine, make_task, make_tokenizer
 from trainer.plan import make_plan
 from trainer.pretrained import first_weights
+from trainer.profile import recorded
 from trainer.run_directory import RunDirectory
 from trainer.schedule import Schedule
 from trainer.state import TrainState
@@ -66,7 +67,8 @@ def run(config: Config, overrides: Sequence[str]) -> int:
             expected = _expected(config) if distributed.rank() == 0 else None
             training, begin, lanes = assemble(config, overrides, stop_request, log_to, expected)
         try:
-            with watchdog.explaining_lost_peers(), garbage.collected_between_steps():
+            recording = recorded(config.debug, training.directory.profile, distributed.rank())
+            with watchdog.explaining_lost_peers(), garbage.collected_between_steps(), recording:
                 state, outcome = fit(training, begin, lanes)
                 _compare(training, expected, begin, state)
                 if outcome.status == "finished":
@@ -186,7 +188,7 @@ def evaluate_finally(training: Training, state: TrainState, again: bool) -> None
     split = config.eval.final_split
     if split == "none" or (again and directory.evaluation.exists()):
         return
-    watchdog.section("evaluate", state.step)
+    sections.enter("evaluate", state.step)
     final = Evaluation(split, None, training.plan, generate=True, final=True)
     metrics = evaluate(training.engine, training.task, training.corpus, final, directory.path, state.step)
     spent = privacy.metrics(config, state.step)

@@ -44,6 +44,7 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.evaluation = path / "evaluation.json"
         self.heartbeats = path / "heartbeats"
+        self.profile = path / "profile"
 
     @classmethod
     def of(cls, config: Config) -> RunDirectory:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import launch_command
 from tests.test_training import tiny
+from trainer import sections
 from trainer.config import GuardConfig
 from trainer.guards import watchdog
 from trainer.guards.heartbeats import (
@@ -69,9 +70,9 @@ def test_a_rank_at_an_earlier_step_is_late():
 
 
 def test_a_rank_without_a_sign_of_life_is_to_blame_wherever_it_was():
-    text = late(beat(0), beat(1, "step", 120, beat=890), beat(2, "data", 120))
+    text = late(beat(0), beat(1, "optimizer", 120, beat=890), beat(2, "data", 120))
     assert text.startswith(
-        "rank 1 (host gpu-1, pid 101) has given no sign of life for 15 minutes, since step of step 120"
+        "rank 1 (host gpu-1, pid 101) has given no sign of life for 15 minutes, since optimizer of step 120"
     )
     assert text.endswith("while 2 ranks wait for it in data of step 120 (1), agree of step 120 (1)")
 
@@ -133,7 +134,7 @@ def test_who_has_gone():
 
 def test_the_out_of_memory_killer_is_suspected_where_memory_was_scarce(monkeypatch):
     monkeypatch.setattr(watchdog, "oom_kills", lambda: 0)
-    facts = (1, "gpu-1", 101, 7, "step", NOW - 2, NOW - 1)
+    facts = (1, "gpu-1", 101, 7, "optimizer", NOW - 2, NOW - 1)
     scarce, ample = (Heartbeat(*facts, 48 << 30, free, 64 << 30) for free in (1 << 30, 32 << 30))
     watched = watchdog._Watched()
     assert watchdog._out_of_memory(watched, [ample, 3]) == ""
@@ -154,10 +155,13 @@ def test_the_time_outs():
 
 
 def test_a_mark_costs_next_to_nothing():
-    started = time.perf_counter()
-    for step in range(10_000):
-        watchdog.section("data", step)
-    assert time.perf_counter() - started < 0.5
+    watched = watchdog._Watched()
+    with sections.told_to(watched.hear):
+        started = time.perf_counter()
+        for step in range(10_000):
+            sections.enter("data", step)
+        assert time.perf_counter() - started < 0.5
+    assert watched.mark[:2] == ("data", 9_999) and watched.first_step == 0
 
 
 class Job:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 import torch
 import torch.distributed as dist
 
-from trainer import distributed
+from trainer import distributed, sections
 from trainer.engine.base import Fragment
 from trainer.engine.compiled import compile_module
 from trainer.engine.optimizer_state import (
@@ -96,6 +96,7 @@ class PlainEngine:
     def forward_backward(self, task: Task, batch: Batch, scale: float, last: bool) -> LossSums:
         """See the contract. In bf16 the micro-batches are summed in fp32."""
         sums = task.loss(self.model, batch)
+        sections.enter("backward")
         (sums.objective * scale).backward()  # type: ignore[no-untyped-call]
         if self._working_flat is not self._masters_flat:
             used = [
@@ -105,6 +106,7 @@ class PlainEngine:
             for parameter in self._parameters:
                 parameter.grad = None
         if last and self._layout.shards > 1:
+            sections.enter("reduce")
             dist.all_reduce(self._sum_flat, group=self._layout.shard_group)
         return sums
 

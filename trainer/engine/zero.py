@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from trainer import distributed
+from trainer import distributed, sections
 from trainer.engine import nvme
 from trainer.engine.base import BuildModel, Fragment
 from trainer.engine.compiled import compile_module
@@ -193,6 +193,7 @@ class ZeroEngine:
         """See the contract."""
         self._engine.set_gradient_accumulation_boundary(last)
         sums = task.loss(self.model, batch)
+        sections.enter("backward")
         self._engine.backward(sums.objective * (scale * self._layout.shards), scale_wrt_gas=False)
         return sums
 

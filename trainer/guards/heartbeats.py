@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-_ORDER = ("start-up", "data", "agree", "forward_backward", "step", "commit", "log", "evaluate", "save")
-"""Sections in the order in which a step passes through them."""
+_ORDER = ("start-up", "data", "agree", "forward", "reduce", "optimizer", "commit", "log", "evaluate", "save")
+"""Sections in the order in which a step passes through them; backward takes turns with forward."""
 
 _NAMED = 8
 """The most ranks that a message names."""
@@ -55,7 +55,8 @@ class Heartbeat:
     @property
     def place(self) -> tuple[int, int]:
         """How far the rank has come; sorts."""
-        return self.step or 0, _ORDER.index(self.section) if self.section in _ORDER else len(_ORDER)
+        section = "forward" if self.section == "backward" else self.section
+        return self.step or 0, _ORDER.index(section) if section in _ORDER else len(_ORDER)
 
     @property
     def ended(self) -> bool:

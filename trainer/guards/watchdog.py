@@ -1,8 +1,8 @@
 """A watchdog against hangs: a rank that stays too long where it is ends its process and says who is late.
 
-There is one watchdog a process, as there is one process group: `watching` starts it, `section` tells it what this rank
-does. A main thread that waits in a collective cannot be interrupted, so the process ends by `os._exit`; the launcher
-then ends the other ranks and starts the job again.
+There is one watchdog a process, as there is one process group: `watching` starts it, and `trainer.sections` tells it
+what this rank does. A main thread that waits in a collective cannot be interrupted, so the process ends by `os._exit`; the
+launcher then ends the other ranks and starts the job again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer import distributed
+from trainer import distributed, sections
 from trainer.config import GuardConfig
 from trainer.errors import PeerError
 from trainer.guards.heartbeats import (
@@ -78,15 +78,14 @@ class _Watched:
     directory: RunDirectory | None = None
     over: threading.Event = field(default_factory=threading.Event)
 
+    def hear(self, section: str, step: int | None) -> None:
+        """A section begins."""
+        self.mark = section, step, time.monotonic()
+        if self.first_step is None:
+            self.first_step = step
+
 
 _watched = _Watched()
-
-
-def section(name: str, step: int | None = None) -> None:
-    """This rank now does `name` for `step`, or begins on it anew: what comes in pieces may take long as a whole."""
-    _watched.mark = name, step, time.monotonic()
-    if _watched.first_step is None:
-        _watched.first_step = step
 
 
 def progress() -> None:
@@ -123,7 +122,8 @@ def watching(guard: GuardConfig) -> Iterator[None]:
         thread.start()
     ending = ENDED
     try:
-        yield
+        with sections.told_to(watched.hear):
+            yield
     except BaseException as error:
         ending = f"{ENDED}: {type(error).__name__}: {str(error)[:500]}"
         raise
