@@ -1,8 +1,8 @@
 """A watchdog against hangs: a rank that stays too long where it is ends its process and says who is late.
 
 There is one watchdog a process, as there is one process group: `watching` starts it, and `trainer.sections` tells it
-what this rank does. A main thread that waits in a collective cannot be interrupted, so the process ends by `os._exit`; the
-launcher then ends the other ranks and starts the job again.
+what this rank does. A main thread that waits in a collective cannot be interrupted, so the process ends by `os._exit`;
+the launcher then ends the other ranks and starts the job again.
 """
 
 from __future__ import annotations
