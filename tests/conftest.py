@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -47,7 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Whatever tests and all that they start leave among temporary files lies in pytest's folder, and goes with it."""
-    folder = tmp_path_factory.mktemp("tmp")  # a short name: sockets lie there
+    multiprocessing.util.get_temp_dir()  # for sockets, whose paths are short; it goes by itself
+    folder = tmp_path_factory.mktemp("tmp")
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
