@@ -180,6 +180,24 @@ def test_communication_is_what_the_zero_paper_counts():
         assert sent / 2 / SEVEN_B.parameters == pytest.approx(elements, rel=0.01)
 
 
+# docs/sharding.md, as measured on gloo ranks, bf16: bytes a parameter that a rank holds between backward pass and
+# update (parts of N ranks), and that it sends in a step (an all-reduce counted twice).
+SHARDING = {"plain": (18, 0, 8), "zero1": (8, 12, 6), "zero2": (2, 16, 6), "zero3": (0, 18, 4)}
+
+
+@pytest.mark.parametrize("engine", SHARDING)
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_our_engines_hold_and_send_what_was_measured(engine, ranks):
+    resolved = config("experiment=lm_small", f"engine={engine}", "batch.micro_size=1", "batch.global_size=8")
+    shape, layout = shape_of(resolved), layout_of(resolved, ranks)
+    made = predict(shape, replace(layout, accumulation=1.0), load_cluster("cpu"))
+    whole, shared, sent = SHARDING[engine]
+    states = sum(value(made, name) for name in ("parameters", "masters", "gradients", "optimizer states"))
+    assert states / shape.parameters == pytest.approx(whole + shared / ranks)
+    bytes_sent = sum(term.bytes_sent for term in made.step)
+    assert bytes_sent * ranks / (ranks - 1) / shape.parameters == pytest.approx(sent)
+
+
 def test_a_pipeline_has_its_bubble():
     """(p - 1) / m of the time, divided by the pieces of the model (Narayanan et al. 2021, section 2.2)."""
     layout = Layout(ranks=8, pipeline=8, micro_size=1, accumulation=16, target_length=2048)
