@@ -229,6 +229,7 @@ def test_layouts_follow_the_plan():
         layout_of(resolved, 7)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_models_of_transformers_are_read_from_their_configuration(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 1000}
