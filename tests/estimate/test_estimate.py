@@ -180,6 +180,24 @@ def test_communication_is_what_the_zero_paper_counts():
         assert sent / 2 / SEVEN_B.parameters == pytest.approx(elements, rel=0.01)
 
 
+# docs/sharding.md, as measured on gloo ranks, bf16: bytes a parameter that a rank holds between backward pass and
+# update (parts of N ranks), and that it sends in a step (an all-reduce counted twice).
+SHARDING = {"plain": (18, 0, 8), "zero1": (8, 12, 6), "zero2": (2, 16, 6), "zero3": (0, 18, 4)}
+
+
+@pytest.mark.parametrize("engine", SHARDING)
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_our_engines_hold_and_send_what_was_measured(engine, ranks):
+    resolved = config("experiment=lm_small", f"engine={engine}", "batch.micro_size=1", "batch.global_size=8")
+    shape, layout = shape_of(resolved), layout_of(resolved, ranks)
+    made = predict(shape, replace(layout, accumulation=1.0), load_cluster("cpu"))
+    whole, shared, sent = SHARDING[engine]
+    states = sum(value(made, name) for name in ("parameters", "masters", "gradients", "optimizer states"))
+    assert states / shape.parameters == pytest.approx(whole + shared / ranks)
+    bytes_sent = sum(term.bytes_sent for term in made.step)
+    assert bytes_sent * ranks / (ranks - 1) / shape.parameters == pytest.approx(sent)
+
+
 def test_a_pipeline_has_its_bubble():
     """(p - 1) / m of the time, divided by the pieces of the model (Narayanan et al. 2021, section 2.2)."""
     layout = Layout(ranks=8, pipeline=8, micro_size=1, accumulation=16, target_length=2048)
@@ -209,6 +227,26 @@ def test_layouts_follow_the_plan():
     assert sequence_lengths(resolved) == (0, 4096)
     with pytest.raises(ConfigError, match="does not divide"):
         layout_of(resolved, 7)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_models_of_transformers_are_read_from_their_configuration(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 1000}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=False).save_pretrained(tmp_path)
+    words = ("model=hf", f"model.path={tmp_path}", "model.kind=causal_lm", "model.pretrained=false", "task=causal_lm")
+    common = ("name=x", "steps=1", "batch.global_size=8", "data=files", "data.path=x")
+    whole = shape_of(config(*words, *common))
+    ours = replace(SEVEN_B, d_model=256, num_heads=4, d_ff=688, decoder_layers=4, vocab_size=1000, num_kv_heads=2)
+    assert whole.parameters == replace(ours, extra=256).parameters
+    assert (whole.gated, whole.rotary, whole.decoder_layers, whole.trained) == (True, True, 4, 1.0)
+    pytest.importorskip("peft")
+    adapted = shape_of(config(*words, *common, "model.lora={r: 8, target_modules: all-linear}"))
+    assert 0 < adapted.trained < 0.1
+    layout, cluster = Layout(target_length=128), load_cluster("h100")
+    moments = [value(predict(shape, layout, cluster), "optimizer states") for shape in (whole, adapted)]
+    assert moments[1] < 0.1 * moments[0]
 
 
 def test_offloading_fits_a_model_that_did_not():

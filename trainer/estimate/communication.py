@@ -101,10 +101,16 @@ def _sharded(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> 
         )  # fmt: skip
 
     if stage == 0:
-        add("gradients", 1, system.sent_gradient, layers, all_reduce=True)
+        add("gradients", 1, shape.trained * system.sent_gradient, layers, all_reduce=True)
     else:
         reductions = m if stage >= 2 and system.reduces_every_micro_batch else 1
-        add("gradients", reductions, system.sent_gradient, layers, all_reduce=system.all_reduces_gradients)
+        add(
+            "gradients",
+            reductions,
+            shape.trained * system.sent_gradient,
+            layers,
+            all_reduce=system.all_reduces_gradients,
+        )
         stays = stage == 3 and system.live_elements > 0 and size <= system.live_elements
         gathers = 1 if stage < 3 else m if stays else 2 * m
         add("parameters", gathers, system.working, layers)
@@ -134,6 +140,9 @@ def _tensor(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> l
         number = stack.layers / layout.pipeline * (3 if stack.memory else 2) * (2 + again)
         size += number * stack.positions * shape.d_model * width
         calls += number
+        if layout.system.gate_apart:
+            more = stack.positions * shape.gated + stack.memory_positions
+            size += stack.layers / layout.pipeline * more * shape.d_model * width
     size, calls = size * layout.accumulation, calls * layout.accumulation
     sent = 2 * size * (group.ranks - 1) / group.ranks
     inputs = {"sub-layers": calls, "bytes": size, "n": float(group.ranks), "bandwidth": group.bandwidth}
