@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from launch.job import Job
 from launch.slurm import Slurm
 from tests.conftest import ROOT
 from tests.launch.conftest import COMMON, same_as
@@ -131,6 +134,18 @@ def test_stop_and_resume_through_slurm(cluster, on_slurm, stand_in, launching, t
 
 
 @pytest.mark.dist
+def test_within_an_allocation_srun_is_waited_for(cluster, stand_in, launching, tmp_path):
+    launching.env["SLURM_CONF"], launching.prefix = cluster.env["SLURM_CONF"], ["salloc", "--quiet", "--ntasks=2"]
+    run = tmp_path / "runs" / "run"
+    words = ("launcher=slurm", "launcher.ranks_per_node=2", *stand_in)
+    with launching.begun(*words, until=lambda: all(said(run, rank) for rank in (0, 1))) as process:
+        launching.prefix = []
+        assert "sent SIGTERM" in launching("run=run", module="launch.stop").check().stdout
+        assert process.wait(60) == 75, (tmp_path / "launch.log").read_text()
+    assert [said(run, rank)[-1] for rank in (0, 1)] == ["saved", "saved"]
+
+
+@pytest.mark.dist
 def test_failures_are_counted_and_an_array_ends_with_its_run(cluster, on_slurm, stand_in, tmp_path):
     failing = [stand_in[0].replace("export", "export FAILS=1"), *stand_in[1:]]
     run, job = tmp_path / "runs" / "run", on_slurm(*failing, "launcher.max_restarts=1")
@@ -143,6 +158,35 @@ def test_failures_are_counted_and_an_array_ends_with_its_run(cluster, on_slurm, 
     cluster.wait_for(lambda: not cluster.call("squeue", "--noheader"), lambda: output(run))
     assert [line.split()[0] for line in said(run, 1)] == ["starts", "saves", "saved", "starts", "finishes"]
     assert len(list((run / "launch").glob("*.out"))) == 2
+
+
+def test_containers_see_the_folders_that_a_run_needs(tmp_path: Path) -> None:
+    job = Job("run", tmp_path / "runs" / "run", (), None, tmp_path)
+    options = {"container": "image.sqsh", "mounts": ["/data:/data"], "gpus_per_node": 8, "nodes": 2}
+    script = Slurm(**options).render(job)["job.sh"]
+    folders = [f"{path}:{path}" for path in (tmp_path, tmp_path / "runs")] + ["/data:/data"]
+    assert f"--container-image=image.sqsh --container-mounts={','.join(folders)}" in script
+    assert f"python -m trainer --config-path={job.folder}" in script and sys.executable not in script
+    script = Slurm(**options, container_runtime="apptainer", python="/opt/python").render(job)["job.sh"]
+    binds = " ".join(f"--bind {folder}" for folder in folders)
+    assert f"apptainer exec --nv {binds} --pwd {tmp_path} image.sqsh /opt/python -m trainer" in script
+
+
+def test_every_script_is_bash_and_asks_for_what_was_said(tmp_path: Path) -> None:
+    job = Job("a/b", tmp_path / "50% of it" / "a" / "b", (), None, tmp_path)
+    more = {"minutes": 90, "partition": "gpu", "sbatch": ["--constraint=a100"], "setup": ["module load cuda"]}
+    for options in ({}, {"array": 3}, {"agent": "torchrun", "cpus_per_rank": 4}, {"requeue": False}):
+        script = Slurm(nodes=2, ranks_per_node=4, **options, **more).render(job)["job.sh"]
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        asked = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+        assert {"--job-name=a.b", "--nodes=2", "--time=90", "--partition=gpu", "--constraint=a100"} <= set(asked)
+        assert any(option.startswith("--output=") and "50%% of it" in option for option in asked)
+        assert ("--requeue" in asked) == (options in ({}, {"agent": "torchrun", "cpus_per_rank": 4}))
+        assert ("--array=1-3%1" in asked) == ("array" in options)
+        if "agent" in options:  # one task a node, with the cores of its four ranks
+            assert {"--ntasks-per-node=1", "--cpus-per-task=16"} <= set(asked) and "--nproc-per-node=4" in script
+        else:
+            assert "--ntasks-per-node=4" in asked and "torch.distributed.run" not in script
 
 
 def test_no_sbatch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
