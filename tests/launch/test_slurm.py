@@ -66,7 +66,7 @@ def output(run: Path) -> str:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_job_is_preempted_requeued_and_goes_on(cluster, on_slurm, whole, tmp_path):
     """Two ranks that srun starts; SIGUSR1 to every process and to the batch script: one save, requeue, resume."""
     run, job = tmp_path / "runs" / "run", on_slurm(*COMMON, "name=run")
