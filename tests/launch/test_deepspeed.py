@@ -88,5 +88,6 @@ def test_two_hosts_over_ssh_are_stopped_and_their_run_goes_on_elsewhere(ssh_host
         assert process.wait(120) == 75, (tmp_path / "launch.log").read_text()
     assert launching.state("moved")["state"] == "preempted"
     assert "2 x cpu" in (tmp_path / "launch.log").read_text()
+    launching.prefix = []  # outside of the two hosts
     launching("launcher=local", *COMMON, "name=moved").check()
     same_as(whole, run)
