@@ -38,10 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Words for this command, for the launcher (a misspelt `launcher` among them), and for the trainer."""
+    """Words for this command, for the launcher (a misspelt `launcher` among them), and for the trainer. --config-dir is
+    for both of them: it may hold launchers, too."""
     keys = [entry.name for entry in fields(Config)]
     parts: tuple[list[str], list[str], list[str]] = ([], [], [])
-    for argument in arguments:
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--config-dir"):
+            parts[1].extend([argument] if "=" in argument else [argument, after])
         key = argument.partition("=")[0].lstrip("+~")
         first = key.partition(".")[0]
         misspelt = first not in keys and did_you_mean(first, ["launcher", *keys]) == "; did you mean launcher?"
@@ -54,14 +57,14 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], lis
 
 def launch(options: LaunchOptions, place: Sequence[str], words: Sequence[str]) -> int:
     """Launch what `words` compose (with -m, each of it) as the launcher's words `place` say; returns an exit code."""
-    from launch import prepare
+    from launch import prepare, runs
     from trainer.composition import execute
 
     launcher, part = prepare.make_launcher(place)
 
     def one(composed: DictConfig, overrides: list[str]) -> int:
         job = prepare.make_job(composed, overrides, launcher)
-        prepare.check_free(job)
+        runs.check_free(job)
         files = prepare.files_of(job, launcher, part)
         if not options.dry_run:
             launcher.require()

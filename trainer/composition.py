@@ -49,10 +49,12 @@ def config_directory() -> Path:
 
 def compose(overrides: Sequence[str], primary: str = MAIN) -> DictConfig:
     """The composition that `python -m trainer *overrides` would run; with another `primary` config file than the
-    trainer's, what that comes to. Raises ConfigError with every mistake."""
+    trainer's, what that comes to. Of Hydra's flags it knows --config-dir. Raises ConfigError with every mistake."""
+    flags = get_args_parser().parse_args(list(overrides))
+    extra = [] if flags.config_dir is None else [search_path(flags.config_dir)]
     try:
         with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return hydra.compose(primary, overrides=list(overrides))
+            return hydra.compose(primary, overrides=[*extra, *flags.overrides])
     except COMPOSITION_ERRORS as error:
         if primary == MAIN:
             raise _told(error, overrides) from error
@@ -225,6 +227,9 @@ def _explain(override: Override, unknown: bool, error: Exception, composed: Dict
         siblings = [name for name in known if parent and name.rpartition(".")[0] == parent]
         listed = f" Keys of {parent}: {', '.join(name.rpartition('.')[2] for name in siblings)}." if siblings else ""
         return f"{text}: {key} is no key of the configuration{did_you_mean(key, {*known, *parents} - {''})}{listed}"
+    if "No match in the defaults list" in str(error):
+        places = "launcher is for python -m launch, cluster for python -m launch.planner"
+        return f"{text}: {key} is no group of this command ({places})."
     if override.is_sweep_override():
         values = str(text).partition("=")[2]
         return f"{text} names several values: write {key}=[{values}] for a list, or add -m to run one job for each."

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import stop
 from launch.__main__ import main
 from launch.job import Job
 from launch.local import Local
@@ -103,6 +104,16 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert started == [] and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flag", [["--config-dir=site"], ["--config-dir", "site"]])
+def test_a_site_has_launchers_of_its_own(launch: Launch, tmp_path: Path, flag: list[str]) -> None:
+    (tmp_path / "site" / "launcher").mkdir(parents=True)
+    (tmp_path / "site" / "launcher" / "ours.yaml").write_text("defaults: [slurm]\npartition: gpu\nranks_per_node: 8\n")
+    code, out, _ = launch(*flag, "launcher=ours", "launcher.nodes=2", *WORDS, "dry_run=true")
+    assert code == 0 and "#SBATCH --partition=gpu" in out and "--ntasks=16" in out
+    code, _, err = launch(*flag, "launcher=our", *WORDS)
+    assert code == 2 and "did you mean ours?" in err
+
+
 def test_a_name_that_is_taken_is_refused(launch: Launch, started: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     """While it runs; and, though it has not begun, with another configuration; what may differ may."""
     assert launch(*WORDS)[0] == 75 and len(started) == 1
@@ -133,8 +144,10 @@ def test_a_restart_of_a_new_run_may_go_on(launch: Launch, started: list[Job]) ->
     assert frozen_config(started[0].folder).resume == "auto"
 
 
-def test_a_strangers_run_names_no_code_to_run(launch: Launch, started: list[Job]) -> None:
+def test_a_strangers_run_names_no_code_to_run(
+    launch: Launch, started: list[Job], capfd: pytest.CaptureFixture[str]
+) -> None:
     launch(*WORDS)
     (started[0].folder / "launcher.yaml").write_text("_target_: os.system\n")
-    code, _, err = launch(*WORDS)
-    assert code == 2 and "names code outside launch: os.system" in err
+    assert stop.main(["run=run"]) == 2
+    assert "names code outside launch: os.system" in capfd.readouterr().err
