@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from trainer.restore import FoundRun
 
 
-def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str) -> None:
-    """Write all of it. dtype: of the weights, as torch calls it."""
+def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str, base: str | None = None) -> None:
+    """Write all of it. dtype: of the weights, as torch calls it; base: what the folder's adapters belong to, which has
+    its own configuration; None = they are whole weights."""
     from trainer.parts import make_task
 
     special = _special_tokens(found, form)
-    _write_json(folder / "config.json", {**form.config, **special, "dtype": dtype})
+    if base is None:
+        _write_json(folder / "config.json", {**form.config, **special, "dtype": dtype})
     if found.tokenizer is not None:
         pairs = bool(form.config.get("is_encoder_decoder"))
         task = make_task(found.config, found.tokenizer)
@@ -31,10 +33,11 @@ def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str) -> Non
             chat_template = task.chat_template
             special["eos_token_id"] = sorted({special["eos_token_id"], task.end_id})
         _write_tokenizer(folder, found.tokenizer, form, chat_template)
-        _write_json(folder / "generation_config.json", {**special, **_generation(found, pairs)})
+        if base is None:
+            _write_json(folder / "generation_config.json", {**special, **_generation(found, pairs)})
     for name, value in form.files.items():
         _write_json(folder / name, value)
-    (folder / "README.md").write_text(_card(found, form), encoding="utf-8")
+    (folder / "README.md").write_text(_card(found, form, base), encoding="utf-8")
 
 
 def _special_tokens(found: FoundRun, form: Format) -> dict[str, Any]:
@@ -102,11 +105,12 @@ def _ending(name: str, id_: int) -> dict[str, Any]:
     }
 
 
-def _card(found: FoundRun, form: Format) -> str:
+def _card(found: FoundRun, form: Format, base: str | None) -> str:
     """The model card: where the weights come from, what they were trained on, and how well they did."""
     config, state = found.config, found.checkpoint.state
+    library = "transformers" if base is None else f"peft\nbase_model: {base}"
     parts = [
-        f"---\nlibrary_name: transformers\n---\n\n# {config.name}\n\n"
+        f"---\nlibrary_name: {library}\n---\n\n# {config.name}\n\n"
         f"{form.architecture}, trained by Shardwright for {state.step:,} steps on {state.tokens:,} target tokens"
         f" (task {config.task['_target_'].rpartition('.')[2]}, seed {config.seed})."
     ]

@@ -14,6 +14,8 @@ from trainer.models.hf import HFModel
 MODEL_TYPES = ()
 _HEADS = r"^(cls|lm_head|qa_outputs|classifier|pre_classifier|score)\."
 """Where other heads than a classifier's have their tensors."""
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.default)(?=\.)")
+"""What peft adds to names."""
 
 
 def obstacles(given: Mapping[str, Any]) -> list[str]:
@@ -32,7 +34,7 @@ def describe(given: Mapping[str, Any]) -> Format:
     buffers = [rf"{re.escape(name)}$" for name, _ in theirs.named_buffers()]
     return Format(
         type(theirs).__name__,
-        theirs.config.to_dict(),
+        {**theirs.config.to_dict(), "architectures": [type(theirs).__name__]},  # the folder may be of the bare model
         tensors,
         prefix,
         twins={name: same for name, same in theirs.all_tied_weights_keys.items() if name != same},
@@ -43,4 +45,9 @@ def describe(given: Mapping[str, Any]) -> Format:
 
 def their_name(name: str) -> str:
     """What transformers calls a parameter of `HFModel`."""
-    return name.removeprefix("model.").removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return plain_name(name).removeprefix("model.")
+
+
+def plain_name(name: str) -> str:
+    """What a parameter of an `HFModel` is called in one without adapters."""
+    return _WRAPPED.sub("", name.replace("model.base_model.model.", "model.", 1))
