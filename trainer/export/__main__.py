@@ -19,7 +19,7 @@ import torch
 from trainer.commands import run_command
 from trainer.config import Precision
 from trainer.errors import ConfigError, SetupError
-from trainer.export.beside import write_beside
+from trainer.export.beside import other_penalty, write_beside
 from trainer.export.compare import compare
 from trainer.export.sealed import identity_from, seal, unseal
 from trainer.export.weights import write_weights
@@ -117,6 +117,8 @@ def _write_whole(options: ExportOptions, found: FoundRun, folder: Path, dtype: t
         if has_adapters(found.config):
             model.model = model.model.merge_and_unload()
         told += f"; logits equal to {compare(model, form, folder, dtype):.0e} of the largest"
+    if form.config.get("is_encoder_decoder") and (penalty := other_penalty(found.config.task)):
+        told += f"\nbeam search: {penalty}"
     return files, told
 
 

@@ -127,10 +127,10 @@ def write_adapters(folder: Path, found: FoundRun, reader: Source, dtype: torch.d
     if len(tensors) < len(trained):
         raise ConfigError("adapters=true: more is trained here than peft keeps with adapters; export them merged.")
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    config = copy.copy(twin.model.peft_config["default"])
-    config.base_model_name_or_path, config.inference_mode = base, True
-    config.task_type = config.task_type or _TASKS.get(twin.kind)
-    config.save_pretrained(str(folder))
+    described = copy.copy(twin.model.peft_config["default"])
+    described.base_model_name_or_path, described.inference_mode = base, True
+    described.task_type = described.task_type or _TASKS.get(twin.kind)
+    described.save_pretrained(str(folder))
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1) + "\n", encoding="utf-8")
     return [folder / WEIGHTS]

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.tokenizer import Tokenizer
-from trainer.formats import Format
+from trainer.formats import PROCESSOR, Format
+from trainer.formats.images import image_processor
 from trainer.tasks import Chats
 from trainer.tasks.chat_template import response_template
+from trainer.tasks.image_classification import ImageClassification
 from trainer.tasks.text import start_id
 
 if TYPE_CHECKING:
@@ -23,11 +25,11 @@ def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str, base: 
     from trainer.parts import make_task
 
     special = _special_tokens(found, form)
+    task: Any = make_task(found.config, found.tokenizer)
     if base is None:
-        _write_json(folder / "config.json", {**form.config, **special, "dtype": dtype})
+        _write_json(folder / "config.json", {**form.config, **special, **_classes(task), "dtype": dtype})
     if found.tokenizer is not None:
         pairs = bool(form.config.get("is_encoder_decoder"))
-        task = make_task(found.config, found.tokenizer)
         chat_template = None
         if isinstance(task, Chats):
             chat_template = task.chat_template
@@ -35,9 +37,20 @@ def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str, base: 
         _write_tokenizer(folder, found.tokenizer, form, chat_template)
         if base is None:
             _write_json(folder / "generation_config.json", {**special, **_generation(found, pairs)})
+    if isinstance(task, ImageClassification) and (processor := image_processor(task)) is not None:
+        _write_json(folder / PROCESSOR, processor)
     for name, value in form.files.items():
         _write_json(folder / name, value)
     (folder / "README.md").write_text(_card(found, form, base), encoding="utf-8")
+
+
+def _classes(task: Any) -> dict[str, Any]:
+    """Their names, where the task has some."""
+    names = getattr(task, "class_names", None)
+    if names is None:
+        return {}
+    numbers = {name: number for number, name in enumerate(names)}
+    return {"id2label": {str(number): name for name, number in numbers.items()}, "label2id": numbers}
 
 
 def _special_tokens(found: FoundRun, form: Format) -> dict[str, Any]:
@@ -50,8 +63,8 @@ def _special_tokens(found: FoundRun, form: Format) -> dict[str, Any]:
 def _generation(found: FoundRun, pairs: bool) -> dict[str, Any]:
     """What the task says of its beam search, in transformers' words; padding is never written, as here.
 
-    The lengths of encoder-decoders count the token that a target begins with. The length penalty goes by another
-    formula there, |Y|^alpha.
+    The lengths of encoder-decoders count the token that a target begins with. Its search ends when nothing open can win,
+    as ours, by early_stopping "never". Its length penalty is that of length_penalty_kind=power: see `other_penalty`.
     """
     if not pairs or found.tokenizer is None:
         return {}
@@ -60,10 +73,23 @@ def _generation(found: FoundRun, pairs: bool) -> dict[str, Any]:
     if "max_target_length" in task:
         told["max_length"] = task["max_target_length"] + 1
     if "beam_size" in task:
-        told |= {"num_beams": task["beam_size"], "early_stopping": False}
+        told["num_beams"] = task["beam_size"]
+        if task["beam_size"] > 1:
+            told["early_stopping"] = "never"
     if "length_penalty" in task and task.get("beam_size", 1) > 1:
         told["length_penalty"] = task["length_penalty"]
     return told if pad == found.tokenizer.eos_id else {**told, "suppress_tokens": [pad]}
+
+
+def other_penalty(task: Mapping[str, Any]) -> str:
+    """What is to be said where transformers ranks the hypotheses of a task's beams otherwise; "" where it does not."""
+    alpha = task.get("length_penalty", 0.0)
+    if not alpha or task.get("beam_size", 1) == 1 or task.get("length_penalty_kind") == "power":
+        return ""
+    return (
+        f"transformers divides log P(Y) by |Y|^{alpha:g}, the run's beams by ((5 + |Y|) / 6)^{alpha:g}, so texts may differ"
+        " (train or evaluate with task.length_penalty_kind=power for the same)"
+    )
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, form: Format, chat_template: str | None) -> None:
@@ -118,6 +144,8 @@ def _card(found: FoundRun, form: Format, base: str | None) -> str:
         parts.append(f"Weights: {found.said}.")
     if config.init_from is not None:
         parts.append(f"The first weights were those of {config.init_from}.")
+    if base is None and form.config.get("is_encoder_decoder") and (told := other_penalty(config.task)):
+        parts.append(f"Beam search: {told}.")
     parts.append("## Data\n\n" + "\n".join(f"* {line}" for line in _data(config.data)))
     if found.directory.evaluation.is_file():
         parts.append(_scores(json.loads(found.directory.evaluation.read_text(encoding="utf-8"))))

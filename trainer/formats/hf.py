@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer.formats import Format, Tensor
+from trainer.formats import PROCESSOR, Format, Tensor, whisper
 from trainer.models.hf import HFModel
 
 MODEL_TYPES = ()
@@ -32,14 +32,19 @@ def describe(given: Mapping[str, Any]) -> Format:
     tensors = [Tensor(their_name(name), name) for name, _ in model.named_parameters() if ".lora_" not in name]
     prefix = f"{theirs.base_model_prefix}." if theirs.base_model_prefix else ""
     buffers = [rf"{re.escape(name)}$" for name, _ in theirs.named_buffers()]
+    config = theirs.config.to_dict()
+    files = {}
+    if config["model_type"] in whisper.MODEL_TYPES:
+        files[PROCESSOR] = whisper.extractor(config["num_mel_bins"], config["max_source_positions"])
     return Format(
         type(theirs).__name__,
-        {**theirs.config.to_dict(), "architectures": [type(theirs).__name__]},  # the folder may be of the bare model
+        {**config, "architectures": [type(theirs).__name__]},  # the folder may be of the bare model
         tensors,
         prefix,
         twins={name: same for name, same in theirs.all_tied_weights_keys.items() if name != same},
         ignored=[*buffers, *(theirs._keys_to_ignore_on_load_unexpected or ()), *([_HEADS] if classifies else ())],
         fresh=[one.ours for one in tensors if classifies and not one.theirs.startswith(prefix)],
+        files=files,
     )
 
 

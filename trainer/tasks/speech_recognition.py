@@ -28,8 +28,8 @@ class SpeechRecognition:
     audio_column: recordings, as `trainer.data.audio.waveform` takes them; num_mels: as the model has. max_seconds: of a
     recording; max_target_length: tokens of a text with its end; overlong: a longer record is skipped (skip) or ends the
     run (refuse). fill: add silence up to max_seconds to every recording and hide nothing from the model, as Whisper
-    wants it; false: batches are as long as their longest, and the rest is hidden. beam_size, length_penalty: of the
-    beam search in evaluation.
+    wants it; false: batches are as long as their longest, and the rest is hidden. beam_size, length_penalty,
+    length_penalty_kind: of the beam search in evaluation (`trainer.decoding.BeamOptions`).
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class SpeechRecognition:
         label_smoothing: float = 0.1,
         beam_size: int = 4,
         length_penalty: float = 1.0,
+        length_penalty_kind: str = "gnmt",
         max_target_length: int = 128,
         overlong: str = "skip",
     ) -> None:
@@ -70,7 +71,7 @@ class SpeechRecognition:
         self._fill = fill
         self._label_smoothing = label_smoothing
         self._beam_size = beam_size
-        self._length_penalty = length_penalty
+        self._length_penalty = {"length_penalty": length_penalty, "length_penalty_kind": length_penalty_kind}
         self._overlong = overlong
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
@@ -191,7 +192,7 @@ class SpeechRecognition:
             "beam_size": self._beam_size,
             "max_length": self.max_length,
             "max_length_ratio": _MAX_TOKENS_PER_FRAME,
-            "length_penalty": self._length_penalty,
+            **self._length_penalty,
         }
         features = self._collate_features(samples)
         return write_texts(model, features, self._tokenizer, self._tokenizer.bos_id, beams, how, all_finished)

@@ -97,6 +97,7 @@ class TextToText(SourceToTarget):
         label_smoothing: float,
         beam_size: int,
         length_penalty: float,
+        length_penalty_kind: str,
         max_source_length: int,
         max_target_length: int,
         overlong: str,
@@ -116,7 +117,7 @@ class TextToText(SourceToTarget):
         self._source_column = source_column
         self._target_column = target_column
         self._beam_size = beam_size
-        self._length_penalty = length_penalty
+        self._length_penalty = {"length_penalty": length_penalty, "length_penalty_kind": length_penalty_kind}
         self._max_source_length = max_source_length
         self._max_target_length = max_target_length
         self._overlong = overlong
@@ -224,7 +225,7 @@ class TextToText(SourceToTarget):
             "beam_size": self._beam_size,
             "max_length": self._max_target_length,
             "max_length_ratio": self.max_length_ratio,
-            "length_penalty": self._length_penalty,
+            **self._length_penalty,
         }
         sources = self._collate_sources(samples)
         return write_texts(model, sources, self._tokenizer, self.start_id, beams, how, all_finished)
