@@ -68,9 +68,9 @@ def test_an_exported_classifier_names_what_it_sees(tmp_path: Path):
     words = (
         "model=vit_tiny model.image_size=[8,8] model.patch_size=4 model.in_channels=1 model.d_model=16"
         " model.num_heads=2 model.d_ff=16 model.num_layers=1 model.num_classes=3 task=image_classification"
-        " task.num_classes=3 task.image_size=[8,8] task.channels=1 task.class_names=[cat,dog,owl] data=files tokenizer=none"
-        " name=run steps=2 batch.global_size=4 schedule.warmup=0 optimizer.lr=1e-2 eval.final_split=none checkpoint=end"
-        " logging=[] precision=fp32"
+        " task.num_classes=3 task.image_size=[8,8] task.channels=1 task.class_names=[cat,dog,owl] data=files"
+        " tokenizer=none name=run steps=2 batch.global_size=4 schedule.warmup=0 optimizer.lr=1e-2 eval.final_split=none"
+        " checkpoint=end logging=[] precision=fp32"
     )
     here([*words.split(), f"data.path={tmp_path}"], tmp_path / "runs")
     assert main([f"runs_dir={tmp_path / 'runs'}", "run=run", f"to={tmp_path / 'out'}", "dtype=fp32"]) == 0

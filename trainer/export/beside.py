@@ -63,8 +63,8 @@ def _special_tokens(found: FoundRun, form: Format) -> dict[str, Any]:
 def _generation(found: FoundRun, pairs: bool) -> dict[str, Any]:
     """What the task says of its beam search, in transformers' words; padding is never written, as here.
 
-    The lengths of encoder-decoders count the token that a target begins with. Its search ends when nothing open can win,
-    as ours, by early_stopping "never". Its length penalty is that of length_penalty_kind=power: see `other_penalty`.
+    The lengths of encoder-decoders count the token that a target begins with. With early_stopping "never" the search
+    ends when nothing open can win, as ours. The length penalty is that of length_penalty_kind=power (`other_penalty`).
     """
     if not pairs or found.tokenizer is None:
         return {}
@@ -87,8 +87,8 @@ def other_penalty(task: Mapping[str, Any]) -> str:
     if not alpha or task.get("beam_size", 1) == 1 or task.get("length_penalty_kind") == "power":
         return ""
     return (
-        f"transformers divides log P(Y) by |Y|^{alpha:g}, the run's beams by ((5 + |Y|) / 6)^{alpha:g}, so texts may differ"
-        " (train or evaluate with task.length_penalty_kind=power for the same)"
+        f"transformers divides log P(Y) by |Y|^{alpha:g}, the run by ((5 + |Y|) / 6)^{alpha:g}, so texts may differ"
+        " (task.length_penalty_kind=power is the same in both)"
     )
 
 
