@@ -280,9 +280,13 @@ def _start_problems(folder: Path, tokenizer: Tokenizer | None, start_id: int | N
     told = next((value for file in files if (value := file.get("decoder_start_token_id")) is not None), None)
     if told == start_id or not isinstance(told, int):
         return []
+    name = tokenizer.token_of(told)
+    cure = f"task.start_token='\"{name}\"'"
+    if name == "<|startoftranscript|>":
+        cure = f'task.prompt=["{name}","<|LANGUAGE|>","<|transcribe|>","<|notimestamps|>"] with a language such as en'
     return [
-        f"init_from: {folder} begins its targets with {tokenizer.token_of(told)} (decoder_start_token_id={told}),"
-        f" the task with {tokenizer.token_of(start_id)}; set task.start_token='\"{tokenizer.token_of(told)}\"'."
+        f"init_from: {folder} begins its targets with {name} (decoder_start_token_id={told}),"
+        f" the task with {tokenizer.token_of(start_id)}; set {cure}."
     ]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from trainer.tasks.text import start_id
 if TYPE_CHECKING:
     from trainer.restore import FoundRun
 
+_PROMPT = (r"<\|startoftranscript\|>", r"<\|[a-z]{2,3}\|>", r"<\|(transcribe|translate)\|>", r"<\|notimestamps\|>")
+
 
 def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str, base: str | None = None) -> None:
     """Write all of it. dtype: of the weights, as torch calls it; base: what the folder's adapters belong to, which has
@@ -29,14 +32,13 @@ def write_beside(folder: Path, found: FoundRun, form: Format, dtype: str, base: 
     if base is None:
         _write_json(folder / "config.json", {**form.config, **special, **_classes(task), "dtype": dtype})
     if found.tokenizer is not None:
-        pairs = bool(form.config.get("is_encoder_decoder"))
         chat_template = None
         if isinstance(task, Chats):
             chat_template = task.chat_template
             special["eos_token_id"] = sorted({special["eos_token_id"], task.end_id})
         _write_tokenizer(folder, found.tokenizer, form, chat_template)
         if base is None:
-            _write_json(folder / "generation_config.json", {**special, **_generation(found, pairs)})
+            _write_json(folder / "generation_config.json", {**special, **_generation(found, form)})
     if isinstance(task, ImageClassification) and (processor := image_processor(task)) is not None:
         _write_json(folder / PROCESSOR, processor)
     for name, value in form.files.items():
@@ -56,22 +58,25 @@ def _classes(task: Any) -> dict[str, Any]:
 def _special_tokens(found: FoundRun, form: Format) -> dict[str, Any]:
     special = {key: value for key, value in form.config.items() if key.endswith("_token_id")}
     if found.tokenizer is not None and form.config.get("is_encoder_decoder"):
-        special["decoder_start_token_id"] = start_id(found.tokenizer, found.config.task.get("start_token"))
+        prompt = found.config.task.get("prompt") or [found.config.task.get("start_token")]
+        special["decoder_start_token_id"] = start_id(found.tokenizer, prompt[0])
     return special
 
 
-def _generation(found: FoundRun, pairs: bool) -> dict[str, Any]:
+def _generation(found: FoundRun, form: Format) -> dict[str, Any]:
     """What the task says of its beam search, in transformers' words; padding is never written, as here.
 
-    The lengths of encoder-decoders count the token that a target begins with. With early_stopping "never" the search
-    ends when nothing open can win, as ours. The length penalty is that of length_penalty_kind=power (`other_penalty`).
+    The lengths of encoder-decoders count the token that a target begins with, but for Whisper's. With early_stopping
+    "never" the search ends when nothing open can win, as ours. The length penalty is that of length_penalty_kind=power
+    (`other_penalty`).
     """
-    if not pairs or found.tokenizer is None:
+    if not form.config.get("is_encoder_decoder") or found.tokenizer is None:
         return {}
     task, pad = found.config.task, found.tokenizer.pad_id
     told: dict[str, Any] = {"do_sample": False}
     if "max_target_length" in task:
-        told["max_length"] = task["max_target_length"] + 1
+        told["max_length"] = task["max_target_length"] + (form.config.get("model_type") != "whisper")
+    told |= _whisper_prompt(task.get("prompt") or (), found.tokenizer)
     if "beam_size" in task:
         told["num_beams"] = task["beam_size"]
         if task["beam_size"] > 1:
@@ -79,6 +84,23 @@ def _generation(found: FoundRun, pairs: bool) -> dict[str, Any]:
     if "length_penalty" in task and task.get("beam_size", 1) > 1:
         told["length_penalty"] = task["length_penalty"]
     return told if pad == found.tokenizer.eos_id else {**told, "suppress_tokens": [pad]}
+
+
+def _whisper_prompt(prompt: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What Whisper's `generate` makes the prompt of; nothing where it is not begin, language, task, no timestamps."""
+    if len(prompt) != len(_PROMPT) or not all(map(re.fullmatch, _PROMPT, prompt)):
+        return {}
+    _, language, task, no_timestamps = prompt
+    name = task.strip("<|>")
+    return {
+        "is_multilingual": True,
+        "language": language,
+        "lang_to_id": {language: tokenizer.id_of(language)},
+        "task": name,
+        "task_to_id": {name: tokenizer.id_of(task)},
+        "no_timestamps_token_id": tokenizer.id_of(no_timestamps),
+        "return_timestamps": False,
+    }
 
 
 def other_penalty(task: Mapping[str, Any]) -> str:
