@@ -119,7 +119,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, form: Format, chat_temp
 
     The end token follows each text of an encoder-decoder, as its tasks have it; an encoder's stand between two ends.
     """
-    (tokenizer.between_ends() if form.between_ends else tokenizer).save(folder / "tokenizer.json")
+    written = tokenizer.between_ends().source_json if form.between_ends else tokenizer.source_json
+    (folder / "tokenizer.json").write_text(written, encoding="utf-8", newline="")
     tokens = {"pad_token": tokenizer.pad_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     if form.between_ends:
         tokens |= {"cls_token": tokenizer.bos_id, "sep_token": tokenizer.eos_id}
@@ -128,7 +129,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, form: Format, chat_temp
     named = {name: tokenizer.token_of(id_) for name, id_ in tokens.items()}
     if form.config.get("is_encoder_decoder"):
         ending = {"post_processor": _ending(named["eos_token"], tokenizer.eos_id)}
-        _write_json(folder / "tokenizer.json", {**json.loads(tokenizer.to_json()), **ending})
+        _write_json(folder / "tokenizer.json", {**json.loads(written), **ending})
     more: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

@@ -32,6 +32,10 @@ class TextTokenizer(Protocol):
 
     def decode_batch(self, ids: list[list[int]]) -> list[str]: ...
 
+    @property
+    def for_targets(self) -> TextTokenizer:
+        """What encodes targets."""
+
     def id_of(self, token: str) -> int | None:
         """Of an entry of the vocabulary, by its name; None where there is none."""
 

@@ -135,16 +135,21 @@ class TextToText(SourceToTarget):
         """`source_ids`, `target_ids`: int32, each with the end token."""
         sources = self._encode_sources([self.source_text(record) for record in records])
         targets = self._encode_texts(
-            [self.target_text(record) for record in records], "task.max_target_length", self._max_target_length
+            [self.target_text(record) for record in records],
+            "task.max_target_length",
+            self._max_target_length,
+            self._tokenizer.for_targets,
         )
         return [self._join(source, target) for source, target in zip(sources, targets, strict=True)]
 
     def _encode_sources(self, texts: Sequence[str | BadRecord]) -> list[list[int] | BadRecord]:
         prefixed = [text if isinstance(text, BadRecord) else self._prefix + text for text in texts]
-        return self._encode_texts(prefixed, "task.max_source_length", self._max_source_length)
+        return self._encode_texts(prefixed, "task.max_source_length", self._max_source_length, self._tokenizer)
 
-    def _encode_texts(self, texts: Sequence[str | BadRecord], key: str, limit: int) -> list[list[int] | BadRecord]:
-        ids = iter(self._tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+    def _encode_texts(
+        self, texts: Sequence[str | BadRecord], key: str, limit: int, tokenizer: TextTokenizer
+    ) -> list[list[int] | BadRecord]:
+        ids = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
         return [
             text
             if isinstance(text, BadRecord)
