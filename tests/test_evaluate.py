@@ -39,6 +39,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [[3 + byte for byte in text.encode()] for text in texts]
 
+    @property
+    def for_targets(self) -> ByteTokenizer:
+        return self
+
     def decode(self, ids: list[int]) -> str:
         return bytes(token - 3 for token in ids if token > 2).decode(errors="replace")
 

@@ -6,7 +6,7 @@ A result depends on its own row of the batch alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,9 @@ AllFinished = Callable[[bool], bool]
 model go on together: one that is done keeps running the model on a single row until this says True."""
 
 Batch = Mapping[str, Tensor]
+
+Begin = int | Sequence[int]
+"""What a text begins with: a token, or several, of which it is the continuation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,24 +97,24 @@ def chosen(how: Decoding, beams: BeamOptions) -> BeamOptions | SampleOptions:
 def write(
     model: GeneratingModel,
     batch: Batch,
-    special_ids: tuple[int, int, int],
+    special_ids: tuple[Begin, int, int],
     options: BeamOptions | SampleOptions,
     seed: int,
     all_finished: AllFinished | None = None,
 ) -> list[list[int]]:
     """`beam_search` or `sample`, by the kind of `options`. special_ids: begin, end and padding; seed: of sampling."""
-    bos_id, eos_id, pad_id = special_ids
+    begin, eos_id, pad_id = special_ids
     if isinstance(options, BeamOptions):
-        return beam_search(model, batch, bos_id, eos_id, pad_id, options, all_finished)
+        return beam_search(model, batch, begin, eos_id, pad_id, options, all_finished)
     device = next(iter(batch.values())).device
     generator = torch.Generator(device).manual_seed(seed)
-    return sample(model, batch, bos_id, eos_id, options, generator, all_finished)
+    return sample(model, batch, begin, eos_id, options, generator, all_finished)
 
 
 def beam_search(
     model: GeneratingModel,
     batch: Batch,
-    bos_id: int,
+    begin: Begin,
     eos_id: int,
     pad_id: int,
     options: BeamOptions,
@@ -125,9 +128,9 @@ def beam_search(
     cut to the model's `max_positions`.
     """
     state = model.start_decoding(batch)
-    first_ids = _first_ids(state, batch, bos_id)
+    first_ids = _first_ids(model, state, batch, begin)
     idle = _Idle(model, state, first_ids)
-    beams = _Beams(first_ids, _limits(model, batch, options), eos_id, pad_id, options)
+    beams = _Beams(first_ids, _limits(model, batch, options, begin), eos_id, pad_id, options)
     agree = all_finished or _alone
     while not agree(beams.done):
         if beams.done:
@@ -142,18 +145,18 @@ def beam_search(
 def sample(
     model: GeneratingModel,
     batch: Batch,
-    bos_id: int,
+    begin: Begin,
     eos_id: int,
     options: SampleOptions,
     generator: torch.Generator | None = None,
     all_finished: AllFinished | None = None,
 ) -> list[list[int]]:
-    """One random continuation of each sample: decoder-only models continue `input_ids`, others begin at `bos_id`."""
+    """One random continuation of each sample: decoder-only models continue `input_ids`, others go on with `begin`."""
     state = model.start_decoding(batch)
-    ids = _first_ids(state, batch, bos_id)
+    ids = _first_ids(model, state, batch, begin)
     idle = _Idle(model, state, ids)
     agree = all_finished or _alone
-    length = _longest(model, batch, options.max_length)
+    length = _longest(model, batch, options.max_length, begin)
     open_rows = torch.arange(len(ids), device=ids.device)
     results: list[list[int]] = [[] for _ in range(len(ids))]
     step = 0
@@ -178,25 +181,33 @@ def _alone(done: bool) -> bool:
     return done
 
 
-def _first_ids(state: DecoderState, batch: Batch, bos_id: int) -> Tensor:
+def _first_ids(model: GeneratingModel, state: DecoderState, batch: Batch, begin: Begin) -> Tensor:
+    """The last token of what each row begins with; `state` has taken in what is before it."""
     if state.first_ids is not None:
         return state.first_ids
     some = next(iter(batch.values()))
-    return torch.full((len(some),), bos_id, dtype=torch.int64, device=some.device)
+    *before, last = [torch.full((len(some),), id_, dtype=torch.int64, device=some.device) for id_ in _ids(begin)]
+    for ids in before:
+        model.decode_step(state, ids)
+    return last
 
 
-def _longest(model: GeneratingModel, batch: Batch, max_length: int) -> int:
+def _ids(begin: Begin) -> Sequence[int]:
+    return (begin,) if isinstance(begin, int) else begin
+
+
+def _longest(model: GeneratingModel, batch: Batch, max_length: int, begin: Begin) -> int:
     """`max_length`, or what the model's positions leave for the continuation."""
     if model.max_positions is None:
         return max_length
-    prompt = batch["input_ids"].shape[1] - 1 if "input_ids" in batch else 0
+    prompt = (batch["input_ids"].shape[1] if "input_ids" in batch else len(_ids(begin))) - 1
     return max(1, min(max_length, model.max_positions - prompt))
 
 
-def _limits(model: GeneratingModel, batch: Batch, options: BeamOptions) -> Tensor:
+def _limits(model: GeneratingModel, batch: Batch, options: BeamOptions, begin: Begin) -> Tensor:
     """[N] int64: how many tokens each sample may get."""
     some = next(iter(batch.values()))
-    longest = torch.full((len(some),), _longest(model, batch, options.max_length), device=some.device)
+    longest = torch.full((len(some),), _longest(model, batch, options.max_length, begin), device=some.device)
     if options.max_length_ratio is None or "source_mask" not in batch:
         return longest
     scaled = (batch["source_mask"].sum(dim=1) * options.max_length_ratio).long() + options.max_length_offset

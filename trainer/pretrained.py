@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from trainer.checkpoint.load import Reader, find
 from trainer.config import Config
+from trainer.data.opus import is_pair, vocabulary
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import CheckpointError, ConfigError
 from trainer.formats import Tensor
@@ -89,7 +90,7 @@ def _folder(place: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = ["*.json", "*.safetensors", "*.model"]
+        wanted = ["*.json", "*.safetensors", "*.model", "*.spm"]
         return Path(snapshot_download(place, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
@@ -258,9 +259,10 @@ def _model_problems(folder: Path, model: Mapping[str, Any]) -> list[str]:
 def _tokenizer_problems(folder: Path, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[str]:
     """Where the folder's tokenizer gives other ids than the run's. Raises DataError for one that is damaged."""
     path = folder / "tokenizer.json"
-    if tokenizer is None or not path.is_file():
+    if tokenizer is None or not (path.is_file() or is_pair(folder)):
         return []
-    ours, theirs = tokenizer.entries(), load_tokenizer(path).entries()
+    path, theirs = (folder, vocabulary(folder)) if is_pair(folder) else (path, load_tokenizer(path).entries())
+    ours = tokenizer.entries()
     differing = [name for name in sorted(theirs, key=theirs.__getitem__) if ours.get(name) != theirs[name]]
     if not differing and len(ours) == len(theirs):
         return []
@@ -274,15 +276,19 @@ def _tokenizer_problems(folder: Path, tokenizer: Tokenizer | None, vocab_size: i
 
 def _start_problems(folder: Path, tokenizer: Tokenizer | None, start_id: int | None) -> list[str]:
     """Where the run begins targets with another token than the weights know; told by the tokenizer they share."""
-    if tokenizer is None or start_id is None or not (folder / "tokenizer.json").is_file():
+    if tokenizer is None or start_id is None or not ((folder / "tokenizer.json").is_file() or is_pair(folder)):
         return []
     files = [_json(path) for name in ("generation_config.json", "config.json") if (path := folder / name).is_file()]
     told = next((value for file in files if (value := file.get("decoder_start_token_id")) is not None), None)
     if told == start_id or not isinstance(told, int):
         return []
+    name = tokenizer.token_of(told)
+    cure = f"task.start_token='\"{name}\"'"
+    if name == "<|startoftranscript|>":
+        cure = f'task.prompt=["{name}","<|LANGUAGE|>","<|transcribe|>","<|notimestamps|>"] with a language such as en'
     return [
-        f"init_from: {folder} begins its targets with {tokenizer.token_of(told)} (decoder_start_token_id={told}),"
-        f" the task with {tokenizer.token_of(start_id)}; set task.start_token='\"{tokenizer.token_of(told)}\"'."
+        f"init_from: {folder} begins its targets with {name} (decoder_start_token_id={told}),"
+        f" the task with {tokenizer.token_of(start_id)}; set {cure}."
     ]
 
 

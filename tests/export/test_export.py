@@ -15,6 +15,7 @@ from tests.test_training import tiny
 from tests.warm import run_warm
 from trainer.errors import ConfigError
 from trainer.export.__main__ import main
+from trainer.export.beside import other_penalty
 from trainer.export.sealed import KEY_VARIABLE
 from trainer.formats.catalogue import format_of
 from trainer.generate import generate_texts
@@ -79,7 +80,8 @@ def test_a_run_of_shared_matrices_is_a_t5(runs: Path, tmp_path: Path, capsys: py
 def test_transformers_alone_writes_the_translations_of_a_marian_run(tmp_path: Path) -> None:
     """By AutoTokenizer and AutoModel, with nothing said but the length: the task's beams, no padding; and greedily."""
     words = [word for word in tiny("steps=30", "precision=fp32", "name=run") if not word.startswith("model.")]
-    options = ["task.beam_size=3", "task.length_penalty=0", "task.label_smoothing=0", 'task.start_token="<pad>"']
+    options = ["task.beam_size=3", "task.length_penalty=2", "task.label_smoothing=0", 'task.start_token="<pad>"']
+    options.append("task.length_penalty_kind=power")
     here([*words, *MODELS["marian"], *options, "optimizer.lr=1e-2", "batch.global_size=32"], tmp_path / "runs")
     (tmp_path / "runs" / "run" / "evaluation.json").write_text(
         json.dumps({"step": 30, "split": "test", "eval/bleu": 3.14159, "bleu_signature": "nrefs:1"})
@@ -98,10 +100,19 @@ def test_transformers_alone_writes_the_translations_of_a_marian_run(tmp_path: Pa
 
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (generation["decoder_start_token_id"], generation["eos_token_id"]) == (tokenizer.pad_token_id, 2)
-    assert (generation["num_beams"], generation["max_length"], generation["length_penalty"]) == (3, 401, 0)
+    assert (generation["num_beams"], generation["max_length"], generation["length_penalty"]) == (3, 401, 2)
+    assert generation["early_stopping"] == "never"
     card = (tmp_path / "out" / "README.md").read_text()
     for part in ("MarianMTModel", "30 steps", "* corpora:homeassistant_en_de", "| bleu | 3.142 |", "test split"):
         assert part in card
+    assert "Beam search" not in card
+
+
+def test_beams_that_transformers_ranks_otherwise_are_told() -> None:
+    beams = {"beam_size": 4, "length_penalty": 0.6}
+    assert r"|Y|^0.6, the run by ((5 + |Y|) / 6)^0.6" in other_penalty(beams)
+    for same in ({"beam_size": 1}, {"length_penalty": 0}, {"length_penalty_kind": "power"}):
+        assert other_penalty({**beams, **same}) == ""
 
 
 def test_a_language_model_is_a_llama(run_trainer, tmp_path: Path) -> None:

@@ -105,6 +105,10 @@ def test_a_model_that_is_none_is_refused(tmp_path, t5):
         HFModel(str(t5), "sequence")
     with pytest.raises(ConfigError, match=r"model\.lora="):
         HFModel(str(t5), "seq2seq", lora={"rank": 4})
+    with pytest.raises(ConfigError, match=r"lora_magnitude_vector is not known here; plain LoRA"):
+        HFModel(str(t5), "seq2seq", lora={"r": 4, "target_modules": ["q"], "use_dora": True})
+    with pytest.raises(ConfigError, match=r"init_lora_weights=pissa: adapters begin"):
+        HFModel(str(t5), "seq2seq", lora={"r": 4, "target_modules": ["q"], "init_lora_weights": "pissa"})
 
 
 @pytest.mark.dist

@@ -13,6 +13,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [[3 + byte for byte in text.encode()] for text in texts]
 
+    @property
+    def for_targets(self) -> ByteTokenizer:
+        return self
+
     def id_of(self, token: str) -> int | None:
         return {"<pad>": 0, "<s>": 1, "</s>": 2}.get(token)
 

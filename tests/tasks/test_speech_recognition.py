@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.data.test_audio import tone, wav
+from trainer.data.audio import log_mel
 from trainer.errors import ConfigError, DataError, SetupError
 from trainer.models.mlp import MLP
 from trainer.models.speech import SpeechToText
@@ -55,6 +56,15 @@ def test_filled_recordings_are_whispers_own_and_nothing_is_hidden(tokenizer: Any
     theirs = transformers.WhisperFeatureExtractor(chunk_length=1)
     expected = theirs(0.5 * tone(500.0), sampling_rate=16_000, return_tensors="pt").input_features[0].T
     torch.testing.assert_close(batch["features"][0], expected, atol=2e-3, rtol=0)  # float16, and a WAV of 16 bits
+
+
+def test_features_are_whispers_own() -> None:
+    """Of a sound that comes and goes under noise, before they are kept in 16 bits."""
+    transformers = pytest.importorskip("transformers")
+    noise = np.random.default_rng(0).standard_normal(len(tone(500.0, 2.0))).astype(np.float32)
+    samples = 0.3 * tone(500.0, 2.0) * np.linspace(0, 1, len(noise), dtype=np.float32) + 0.02 * noise
+    theirs = transformers.WhisperFeatureExtractor(chunk_length=2)(samples, sampling_rate=16_000, return_tensors="np")
+    np.testing.assert_allclose(log_mel(samples, 80), theirs.input_features[0].T, atol=1e-5, rtol=0)
 
 
 def test_loss_is_that_of_the_labels(tokenizer: Any) -> None:

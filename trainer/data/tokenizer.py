@@ -7,6 +7,7 @@ bytes: no text is unknown, and `decode(encode(text)) == text`.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
@@ -25,6 +26,9 @@ Texts = Callable[[], Iterator[str]]
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 """Padding, begin, end, unknown: ids 0 to 3 of our own tokenizers."""
+
+_PAIR = '{"size": '
+"""How the JSON of a `PairedTokenizer` begins."""
 
 _KNOWN = {
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
@@ -110,7 +114,7 @@ class Tokenizer:
     def between_ends(self) -> Tokenizer:
         """The same, made to add special tokens for those who let it: begin token, text, end token, and a second text
         and its end. One that adds some already stays what it is."""
-        backend = _library().Tokenizer.from_str(self._json)
+        backend = _library().Tokenizer.from_str(self.source_json)
         if backend.post_processor is None:
             bos, eos = self.token_of(self.bos_id), self.token_of(self.eos_id)
             ends = [(bos, self.bos_id), (eos, self.eos_id)]
@@ -125,6 +129,8 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
         """The tokenizer that `to_json` wrote. Raises DataError where `text` is none."""
+        if text.startswith(_PAIR):
+            return PairedTokenizer(text)
         try:
             return cls(_library().Tokenizer.from_str(text), text)
         except DataError:
@@ -137,6 +143,16 @@ class Tokenizer:
         return Tokenizer.from_json, (self._json,)
 
     @property
+    def for_targets(self) -> Tokenizer:
+        """What encodes targets, where that differs; the same ids mean the same."""
+        return self
+
+    @property
+    def source_json(self) -> str:
+        """The tokenizer.json of what encodes sources, as the library `tokenizers` reads it."""
+        return self._json
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of `to_json()` in UTF-8, which is also that of the file `save` writes."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -144,6 +160,71 @@ class Tokenizer:
     def save(self, path: Path | str) -> None:
         """Write tokenizer.json."""
         Path(path).write_text(self.to_json(), encoding="utf-8", newline="")
+
+
+class PairedTokenizer(Tokenizer):
+    """Two that share a vocabulary: this one for sources, `for_targets` for targets, which also decodes."""
+
+    def __init__(self, text: str) -> None:
+        """`text`: what `of` made one of. Raises DataError where it is damaged."""
+        try:
+            parts = json.loads(text)
+            backends = [_library().Tokenizer.from_str(json.dumps(parts[side])) for side in ("source", "target")]
+            size = int(parts["size"])
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"This is not a pair of tokenizers: {error}") from error
+        super().__init__(backends[0], text)
+        self.vocab_size = size
+        self._target = _Side(backends[1], size)
+
+    @classmethod
+    def of(cls, source: Any, target: Any, size: int) -> PairedTokenizer:
+        """Of two backends; size: of the vocabulary. Pieces with ids from there on are unknown."""
+        sides = f'"source": {source.to_str()}, "target": {target.to_str()}'
+        return cls(f"{_PAIR}{size}, {sides}}}")
+
+    @property
+    def for_targets(self) -> Tokenizer:
+        """See `Tokenizer`."""
+        return self._target
+
+    @property
+    def source_json(self) -> str:
+        """See `Tokenizer`; without the pieces that are unknown."""
+        side = json.loads(self.to_json())["source"]
+        side["model"]["vocab"] = side["model"]["vocab"][: self.vocab_size]
+        return json.dumps(side, ensure_ascii=False)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer`."""
+        return _known(super().encode_batch(texts), self.vocab_size, self.unk_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return self._target.decode(ids)
+
+    def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """See `Tokenizer`."""
+        return self._target.decode_batch(ids)
+
+    def entries(self) -> dict[str, int]:
+        """See `Tokenizer`."""
+        return {name: id_ for name, id_ in super().entries().items() if id_ < self.vocab_size}
+
+
+class _Side(Tokenizer):
+    """That of the targets."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, size: int) -> None:
+        super().__init__(backend)
+        self.vocab_size = size
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return _known(super().encode_batch(texts), self.vocab_size, self.unk_id)
+
+
+def _known(rows: list[list[int]], size: int, unk_id: int) -> list[list[int]]:
+    return [[id_ if id_ < size else unk_id for id_ in row] for row in rows]
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -232,6 +313,11 @@ class FileTokenizer:
     def prepare(self, texts: Texts) -> Tokenizer:
         """Read it; `texts` has no part in it. Raises DataError if there is none, ConfigError if it is too large."""
         local = Path(self._path).expanduser()
+        if local.is_dir():
+            from trainer.data import opus  # which imports this module
+
+            if opus.is_pair(local):
+                return self._checked(opus.read_pair(local))
         local = local / "tokenizer.json" if local.is_dir() else local
         if local.exists() or local.suffix == ".json":
             tokenizer = load_tokenizer(local)
@@ -249,6 +335,9 @@ class FileTokenizer:
             backend = _library().Tokenizer.from_str(tokenizer.to_json())
             backend.add_special_tokens(self._special_tokens)
             tokenizer = Tokenizer(backend)
+        return self._checked(tokenizer)
+
+    def _checked(self, tokenizer: Tokenizer) -> Tokenizer:
         if self._vocab_size is not None and tokenizer.vocab_size > self._vocab_size:
             raise ConfigError(
                 f"tokenizer.path={self._path} has {tokenizer.vocab_size} entries,"

@@ -1,7 +1,8 @@
 """A trained run as a folder that transformers loads: `python -m trainer.export run=NAME to=DIR`.
 
 With encrypt=true the weights are encrypted with the age identity in key_file=FILE or in SHARDWRIGHT_EXPORT_KEY;
-`decrypt=DIR to=DIR2` is the way back.
+`decrypt=DIR to=DIR2` is the way back. Adapters that a run trained (model.lora) are merged into the weights, or with
+adapters=true written by themselves, as peft has them.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainer.commands import run_command
 from trainer.config import Precision
 from trainer.errors import ConfigError, SetupError
-from trainer.export.beside import write_beside
+from trainer.export.beside import other_penalty, write_beside
 from trainer.export.compare import compare
 from trainer.export.sealed import identity_from, seal, unseal
 from trainer.export.weights import write_weights
 from trainer.formats.catalogue import format_of
+
+if TYPE_CHECKING:
+    from trainer.restore import FoundRun
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class ExportOptions:
     allow_targets: list[str] = field(default_factory=list)
     dtype: str = "bf16"
     max_shard_gb: float = 5.0
+    adapters: bool = False
     compare: bool = True
     encrypt: bool = False
     decrypt: str | None = None
@@ -79,23 +85,58 @@ def _write(options: ExportOptions, folder: Path) -> str:
         raise ConfigError(f"dtype={options.dtype} is not one of {', '.join(Precision)}.")
     if options.max_shard_gb <= 0:
         raise ConfigError(f"max_shard_gb={options.max_shard_gb:g} is not above 0; 5 is usual.")
+    from trainer.export.adapters import has_adapters
     from trainer.parts import DTYPES
-    from trainer.restore import find_run, load_model
+    from trainer.restore import find_run
 
     identity = identity_from(options.key_file) if options.encrypt else None
     found = find_run(str(options.run), options.runs_dir, options.checkpoint, options.allow_targets, options.weights)
-    form, dtype = format_of(found.config.model, found.tokenizer), DTYPES[Precision(options.dtype)]
-    with found.reader() as reader:
-        files = write_weights(reader, form, folder, dtype, int(options.max_shard_gb * 1e9))
-    write_beside(folder, found, form, str(dtype).removeprefix("torch."))
-    told = f"{form.architecture}, {sum(path.stat().st_size for path in files):,} bytes of weights in {len(files)} files"
-    if options.compare:
-        difference = compare(load_model(found), form, folder, dtype)
-        told += f"; logits equal to {difference:.0e} of the largest"
+    if options.adapters and not has_adapters(found.config):
+        raise ConfigError(f"adapters=true: the run {options.run} has none (model.lora); export it without.")
+    dtype = DTYPES[Precision(options.dtype)]
+    files, told = (_write_adapters if options.adapters else _write_whole)(options, found, folder, dtype)
     if identity is not None:
         seal(files, identity)
         told += "; weights encrypted (age)"
     return told
+
+
+def _write_whole(options: ExportOptions, found: FoundRun, folder: Path, dtype: torch.dtype) -> tuple[list[Path], str]:
+    """The files of weights, and what is to be said of them; adapters are merged."""
+    from trainer.export.adapters import has_adapters, merged_source, without_adapters
+    from trainer.restore import load_model
+
+    form = format_of(without_adapters(found.config.model), found.tokenizer)
+    with found.reader() as reader:
+        source = merged_source(found, reader, form) if has_adapters(found.config) else reader
+        files = write_weights(source, form, folder, dtype, int(options.max_shard_gb * 1e9))
+    write_beside(folder, found, form, str(dtype).removeprefix("torch."))
+    told = f"{form.architecture}, {sum(path.stat().st_size for path in files):,} bytes of weights in {len(files)} files"
+    if options.compare:
+        model: Any = load_model(found)
+        if has_adapters(found.config):
+            model.model = model.model.merge_and_unload()
+        told += f"; logits equal to {compare(model, form, folder, dtype):.0e} of the largest"
+    if form.config.get("is_encoder_decoder") and (penalty := other_penalty(found.config.task)):
+        told += f"\nbeam search: {penalty}"
+    return files, told
+
+
+def _write_adapters(
+    options: ExportOptions, found: FoundRun, folder: Path, dtype: torch.dtype
+) -> tuple[list[Path], str]:
+    """The same, of adapters by themselves."""
+    from trainer.export.adapters import base_of, without_adapters, write_adapters
+    from trainer.restore import load_model
+
+    form, base = format_of(without_adapters(found.config.model), found.tokenizer), base_of(found.config)
+    with found.reader() as reader:
+        files = write_adapters(folder, found, reader, dtype)
+    write_beside(folder, found, form, str(dtype).removeprefix("torch."), base)
+    told = f"adapters of {base} ({form.architecture}), {files[0].stat().st_size:,} bytes"
+    if options.compare:
+        told += f"; logits equal to {compare(load_model(found), form, folder, dtype, base):.0e} of the largest"
+    return files, told
 
 
 def main(argv: Sequence[str] | None = None) -> int:

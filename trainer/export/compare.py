@@ -16,10 +16,11 @@ _TOLERANCE = 1e-4
 """Of logits in fp32, relative to the largest of them: deep models add up rounding of 1e-7 in every layer."""
 
 
-def compare(model: torch.nn.Module, form: Format, folder: Path, dtype: torch.dtype) -> float:
+def compare(model: torch.nn.Module, form: Format, folder: Path, dtype: torch.dtype, base: str | None = None) -> float:
     """The largest difference of logits on random inputs, relative to the largest logit; both models in fp32.
 
-    model: ours, in fp32, with the weights of the checkpoint, which are rounded to `dtype` here as in the folder.
+    model: ours, in fp32, with the weights of the checkpoint, which are rounded to `dtype` here as in the folder; base:
+    the folder or name of the model whose adapters `folder` has, None = it has a whole model.
     Raises CheckpointError where the folder cannot be loaded or the logits differ, SetupError without transformers.
     """
     try:
@@ -30,11 +31,15 @@ def compare(model: torch.nn.Module, form: Format, folder: Path, dtype: torch.dty
         ) from error
     transformers.utils.logging.disable_progress_bar()
     architecture = getattr(transformers, form.architecture)
-    theirs, told = architecture.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if base is None:
+        theirs, told = architecture.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    else:
+        theirs, told = _adapted(architecture, form, folder, base), {}
     if wrong := complaints(told, form):
         raise CheckpointError(f"{folder}: {form.architecture} loads it with {wrong}; nothing was exported.")
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).float()
+        if base is None or parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype).float()
     batch, inputs = _random_batch(form)
     with torch.inference_mode():
         logits, expected = model.eval()(batch), theirs.eval()(**inputs).logits
@@ -45,6 +50,15 @@ def compare(model: torch.nn.Module, form: Format, folder: Path, dtype: torch.dty
             " nothing was exported."
         )
     return difference
+
+
+def _adapted(architecture: Any, form: Format, folder: Path, base: str) -> Any:
+    """The base with the folder's adapters; what the base does not have (a head) is among these."""
+    import peft
+
+    config = architecture.config_class.from_dict(dict(form.config))
+    whole = architecture.from_pretrained(base, config=config, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(whole, str(folder))
 
 
 def complaints(told: Mapping[str, Any], form: Format) -> dict[str, list[str]]:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
 
-from trainer.checkpoint.load import Reader
 from trainer.errors import CheckpointError
 from trainer.formats import Format, Tensor
 
 INDEX = "model.safetensors.index.json"
 
 
-def write_weights(reader: Reader, form: Format, folder: Path, dtype: torch.dtype, max_bytes: int) -> list[Path]:
+class Source(Protocol):
+    """Where parameters are read from: a checkpoint (`trainer.checkpoint.load.Reader`), or what is made of one."""
+
+    @property
+    def shapes(self) -> Mapping[tuple[str, str], tuple[int, ...]]:
+        """Of each parameter, by its name and "master"."""
+
+    def read_into(self, parameter: str, state: str, start: int, target: torch.Tensor) -> None:
+        """Fill the flat `target` with elements [start, start + numel) of a parameter; state: "master"."""
+
+
+def write_weights(reader: Source, form: Format, folder: Path, dtype: torch.dtype, max_bytes: int) -> list[Path]:
     """The files of weights in `folder`, of at most `max_bytes` each (a larger tensor has one for itself).
 
     Raises CheckpointError where the checkpoint lacks a tensor, or has one that the format does not know.
@@ -44,7 +55,7 @@ def write_weights(reader: Reader, form: Format, folder: Path, dtype: torch.dtype
     return [folder / name for name in names]
 
 
-def _check(reader: Reader, form: Format) -> None:
+def _check(reader: Source, form: Format) -> None:
     there = {parameter for parameter, state in reader.shapes if state == "master"}
     wanted = {one.ours for one in form.tensors}
     if there != wanted:
@@ -53,7 +64,7 @@ def _check(reader: Reader, form: Format) -> None:
         raise CheckpointError(f"The checkpoint is not of this model: {'; '.join(lost[:5])}.")
 
 
-def _parts(reader: Reader, form: Format, item_size: int, max_bytes: int) -> Iterator[list[Tensor]]:
+def _parts(reader: Source, form: Format, item_size: int, max_bytes: int) -> Iterator[list[Tensor]]:
     """The tensors of each file."""
     part: list[Tensor] = []
     size = 0
@@ -67,17 +78,17 @@ def _parts(reader: Reader, form: Format, item_size: int, max_bytes: int) -> Iter
     yield part
 
 
-def _shape(reader: Reader, one: Tensor) -> torch.Size:
+def _shape(reader: Source, one: Tensor) -> torch.Size:
     rows, *rest = reader.shapes[one.ours, "master"]
     return torch.Size((min(rows, one.end or rows) - one.begin, *rest))
 
 
-def _numel(reader: Reader, one: Tensor) -> int:
+def _numel(reader: Source, one: Tensor) -> int:
     rows, *rest = _shape(reader, one)
     return torch.Size((one.skip + rows, *rest)).numel()
 
 
-def _read(reader: Reader, one: Tensor) -> torch.Tensor:
+def _read(reader: Source, one: Tensor) -> torch.Tensor:
     shape = _shape(reader, one)
     row = shape[1:].numel()
     values = torch.zeros(_numel(reader, one))

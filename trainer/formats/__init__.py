@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+PROCESSOR = "preprocessor_config.json"
+"""The file of a folder that says what makes images or recordings into what its model takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.data.audio import FRAMES_PER_SECOND, HOP, SAMPLE_RATE, WINDOW
 from trainer.errors import ConfigError
-from trainer.formats import Format, Tensor
+from trainer.formats import PROCESSOR, Format, Tensor
 from trainer.models.positions import sinusoids
 
 MODEL_TYPES = ("whisper",)
@@ -50,12 +50,12 @@ def _config(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _extractor(given: Mapping[str, Any]) -> dict[str, Any]:
+def extractor(num_mels: int, max_source_positions: int) -> dict[str, Any]:
     """What makes recordings into features, as `trainer.data.audio` does."""
-    seconds = STRIDE * given["max_source_positions"] / FRAMES_PER_SECOND
+    seconds = STRIDE * max_source_positions / FRAMES_PER_SECOND
     return {
         "feature_extractor_type": "WhisperFeatureExtractor",
-        "feature_size": given["num_mels"],
+        "feature_size": num_mels,
         "sampling_rate": SAMPLE_RATE,
         "n_fft": WINDOW,
         "hop_length": HOP,
@@ -111,7 +111,7 @@ def describe(given: Mapping[str, Any]) -> Format:
         list(tensors()),
         prefix="model.",
         twins={"proj_out.weight": "model.decoder.embed_tokens.weight"},
-        files={"preprocessor_config.json": _extractor(given)},
+        files={PROCESSOR: extractor(given["num_mels"], given["max_source_positions"])},
         constants={"model.encoder.embed_positions.weight": partial(sinusoids, given["max_source_positions"], size)},
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,6 +43,8 @@ _INPUTS: dict[str, dict[str, str]] = {
     "speech_seq2seq": {"features": "input_features", "decoder_input_ids": "decoder_input_ids"},
 }
 """What the fields of our batches are called in their `forward`."""
+
+_ADAPTER = re.compile(r"\.lora_(\w+)")
 
 
 @dataclass
@@ -212,10 +215,22 @@ def _with_adapters(theirs: Any, lora: dict[str, Any]) -> Any:
         import peft
     except ImportError as error:
         raise SetupError("model.lora needs peft; install shardwright[hf].") from error
+    if lora.get("init_lora_weights", True) is not True:
+        raise ConfigError(
+            f"model.lora.init_lora_weights={lora['init_lora_weights']}: adapters begin as peft's usual ones here; leave"
+            " it out."
+        )
     try:
-        return peft.get_peft_model(theirs, peft.LoraConfig(**lora))
+        adapted = peft.get_peft_model(theirs, peft.LoraConfig(**lora))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.lora={lora}: {error}") from error
+    others = sorted({part for name, _ in adapted.named_parameters() for part in _ADAPTER.findall(name)} - {"A", "B"})
+    if others:
+        raise ConfigError(f"model.lora={lora}: lora_{others[0]} is not known here; plain LoRA of linear layers is.")
+    for module in adapted.modules():
+        if isinstance(module, peft.utils.ModulesToSaveWrapper):
+            module.original_module = nn.Identity()  # the copy that is trained stands for it; a new head has no other
+    return adapted
 
 
 def _learned_positions(theirs: Any) -> int | None:

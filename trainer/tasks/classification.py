@@ -116,3 +116,12 @@ class Classification:
     def target_bytes(self, record: Record, sample: Encoded) -> int:
         """A class is no text."""
         return 0
+
+
+def check_class_names(class_names: Sequence[str] | None, num_classes: int) -> None:
+    """Raises ConfigError for names that are not as many as the classes."""
+    if class_names is not None and (len(class_names) != num_classes or len(set(class_names)) < num_classes):
+        raise ConfigError(
+            f"task.class_names has {len(set(class_names))} different names,"
+            f" task.num_classes={num_classes}; there must be as many."
+        )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from trainer.errors import ConfigError, SetupError
 from trainer.tasks import BadRecord, Batch, Encoded
-from trainer.tasks.classification import Classification
+from trainer.tasks.classification import Classification, check_class_names
 
 Pixels = NDArray[np.uint8]
 
@@ -26,10 +26,11 @@ class ImageClassification(Classification):
     image_column: an encoded image (PNG, JPEG or whatever Pillow reads; bytes, or {"bytes": ...} as the Image feature of
     `datasets` stores it), or pixels from 0 to 255: height x width, height x width x channels, or flat in that order and
     of `image_size`. label_column: integers in [0, num_classes). image_size: (height, width) of what the model gets;
-    channels: 1 (grey) or 3 (red, green, blue); fit: how other sizes are resized, "crop" keeps the shape and cuts the
-    longer side evenly, "stretch" keeps everything. mean, std: of each channel, or one number for all; the model gets
-    (pixel / 255 - mean) / std. crop_padding: in training, black pixels around an image, of which a part of `image_size`
-    is cut at random (He et al. 2015, section 4.2); flip: in training, mirror half of the images left to right.
+    channels: 1 (grey) or 3 (red, green, blue); fit: how other sizes are resized, "crop" keeps the shape, covers
+    `image_size` and cuts what is over evenly, "stretch" keeps everything. mean, std: of each channel, or one number for
+    all; the model gets (pixel / 255 - mean) / std. crop_padding: in training, black pixels around an image, of which a
+    part of `image_size` is cut at random (He et al. 2015, section 4.2); flip: in training, mirror half of the images
+    left to right. class_names: what an export calls the labels, in their order.
     """
 
     def __init__(
@@ -45,14 +46,16 @@ class ImageClassification(Classification):
         crop_padding: int = 0,
         flip: bool = False,
         label_smoothing: float = 0.0,
+        class_names: Sequence[str] | None = None,
         tokenizer: Any = None,
     ) -> None:
         """`tokenizer` is not used. Raises ConfigError for options that cannot be."""
         super().__init__(image_column, label_column, num_classes, label_smoothing=label_smoothing)
         _check(image_size, channels, mean, std, crop_padding)
-        self._height, self._width = image_size
-        self._channels = channels
-        self._fit = fit
+        check_class_names(class_names, num_classes)
+        self.class_names = class_names
+        self.channels, self.fit, self.mean, self.std = channels, fit, list(mean), list(std)
+        self.height, self.width = image_size
         deviation = torch.tensor(list(std), dtype=torch.float32)[:, None, None]
         self._scale = 1 / (255 * deviation)
         self._shift = torch.tensor(list(mean), dtype=torch.float32)[:, None, None] / deviation
@@ -94,7 +97,7 @@ class ImageClassification(Classification):
             return BadRecord(f"holds {held}, not bytes of an image or pixels from 0 to 255")
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) <= 255:
             return BadRecord(f"holds pixels from {numbers.min()} to {numbers.max()}, not from 0 to 255")
-        wanted = self._height, self._width, self._channels
+        wanted = self.height, self.width, self.channels
         if numbers.ndim == 1 and numbers.size == np.prod(wanted):
             numbers = numbers.reshape(wanted)
         elif numbers.ndim == 2:
@@ -102,7 +105,7 @@ class ImageClassification(Classification):
         if numbers.ndim != 3 or 0 in numbers.shape or numbers.shape[2] not in _MODES:
             return BadRecord(
                 f"holds pixels in the shape {list(numbers.shape)}, not [height, width], [height, width, 1 or 3] or flat"
-                f" as task.image_size={[self._height, self._width]} x {self._channels} says"
+                f" as task.image_size={[self.height, self.width]} x {self.channels} says"
             )
         pixels: Pixels = numbers.astype(np.uint8)
         if pixels.shape != wanted:
@@ -112,14 +115,14 @@ class ImageClassification(Classification):
     def _resized(self, image: Any) -> Pixels:
         """An image of Pillow as the model sees it."""
         library = _pillow()
-        image = image.convert(_MODES[self._channels])
-        size = self._width, self._height
+        image = image.convert(_MODES[self.channels])
+        size = self.width, self.height
         if image.size != size:
-            from PIL import ImageOps
-
-            how = library.Resampling.BILINEAR
-            image = ImageOps.fit(image, size, method=how) if self._fit == "crop" else image.resize(size, how)
-        pixels = np.asarray(image, dtype=np.uint8).reshape(self._height, self._width, self._channels)
+            covering = _covering(image.size, size) if self.fit == "crop" else size
+            image = image.resize(covering, library.Resampling.BILINEAR)
+            left, top = ((has - wanted) // 2 for has, wanted in zip(covering, size, strict=True))
+            image = image.crop((left, top, left + self.width, top + self.height))
+        pixels = np.asarray(image, dtype=np.uint8).reshape(self.height, self.width, self.channels)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def augment(self, sample: Encoded, seed: int) -> Encoded:
@@ -132,7 +135,7 @@ class ImageClassification(Classification):
             around, places = self._crop_padding, 2 * self._crop_padding + 1
             padded = np.pad(image, ((0, 0), (around, around), (around, around)))
             top, left = top % places, left % places
-            image = padded[:, top : top + self._height, left : left + self._width]
+            image = padded[:, top : top + self.height, left : left + self.width]
         if self._flip and mirror % 2:
             image = image[:, :, ::-1]
         return sample._replace(fields={**sample.fields, "inputs": image})
@@ -141,6 +144,14 @@ class ImageClassification(Classification):
         """`inputs` [B, channels, height, width] float32, normalised; `labels` [B] int64."""
         batch = super().collate([one if one.noise is None else self.augment(one, one.noise) for one in samples])
         return {**batch, "inputs": batch["inputs"] * self._scale - self._shift}
+
+
+def _covering(has: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
+    """The size of the shape of `has` in which one side is as `wanted` and the other no shorter, rounded down."""
+    (width, height), (to_width, to_height) = has, wanted
+    if to_width * height >= to_height * width:
+        return to_width, max(to_height, int(to_width * height / width))
+    return max(to_width, int(to_height * width / height)), to_height
 
 
 def _pillow() -> Any:

@@ -20,7 +20,8 @@ class QuestionAnswering(TextToText):
     The answer column holds a text, or a list of texts that are all right, of which the first is trained on (as SQuAD's
     `answers.text`). template: what the encoder reads, made of {question} and {context}; generate's texts are such, too.
     max_source_length, max_target_length: tokens with the end token; a longer record is skipped, or cut with
-    overlong="truncate". beam_size, length_penalty: of the beam search in evaluation.
+    overlong="truncate". beam_size, length_penalty, length_penalty_kind: of the beam search in evaluation
+    (`trainer.decoding.BeamOptions`).
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class QuestionAnswering(TextToText):
         label_smoothing: float = 0.0,
         beam_size: int = 1,
         length_penalty: float = 1.0,
+        length_penalty_kind: str = "gnmt",
         max_source_length: int = 512,
         max_target_length: int = 64,
         overlong: str = "skip",
@@ -47,6 +49,7 @@ class QuestionAnswering(TextToText):
             label_smoothing=label_smoothing,
             beam_size=beam_size,
             length_penalty=length_penalty,
+            length_penalty_kind=length_penalty_kind,
             max_source_length=max_source_length,
             max_target_length=max_target_length,
             overlong=overlong,

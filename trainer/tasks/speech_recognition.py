@@ -28,8 +28,11 @@ class SpeechRecognition:
     audio_column: recordings, as `trainer.data.audio.waveform` takes them; num_mels: as the model has. max_seconds: of a
     recording; max_target_length: tokens of a text with its end; overlong: a longer record is skipped (skip) or ends the
     run (refuse). fill: add silence up to max_seconds to every recording and hide nothing from the model, as Whisper
-    wants it; false: batches are as long as their longest, and the rest is hidden. beam_size, length_penalty: of the
-    beam search in evaluation.
+    wants it; false: batches are as long as their longest, and the rest is hidden. beam_size, length_penalty,
+    length_penalty_kind: of the beam search in evaluation (`trainer.decoding.BeamOptions`).
+    prompt: names of the tokens that every text begins with, which carry no loss and which the model is given when it
+    writes; None: the tokenizer's begin token. A published Whisper wants "<|startoftranscript|>", language, task,
+    "<|notimestamps|>".
     """
 
     def __init__(
@@ -43,8 +46,10 @@ class SpeechRecognition:
         label_smoothing: float = 0.1,
         beam_size: int = 4,
         length_penalty: float = 1.0,
+        length_penalty_kind: str = "gnmt",
         max_target_length: int = 128,
         overlong: str = "skip",
+        prompt: Sequence[str] | None = None,
     ) -> None:
         """Raises ConfigError for options that cannot be, SetupError where a library is missing."""
         check_overlong(overlong, ("skip", "refuse"))
@@ -60,7 +65,10 @@ class SpeechRecognition:
         if missing:
             raise SetupError(f"Speech recognition needs {' and '.join(missing)}; install shardwright[speech].")
         self.required_columns = (audio_column, text_column)
-        self.max_length = max_target_length
+        self._begin = _begin(tokenizer, prompt)
+        self.start_id = self._begin[0]
+        self.max_length = len(self._begin) - 1 + max_target_length
+        self._max_target_length = max_target_length
         self.num_mels = num_mels
         self.max_frames = int(max_seconds * FRAMES_PER_SECOND)
         self._tokenizer = tokenizer
@@ -70,7 +78,7 @@ class SpeechRecognition:
         self._fill = fill
         self._label_smoothing = label_smoothing
         self._beam_size = beam_size
-        self._length_penalty = length_penalty
+        self._length_penalty = {"length_penalty": length_penalty, "length_penalty_kind": length_penalty_kind}
         self._overlong = overlong
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
@@ -83,8 +91,9 @@ class SpeechRecognition:
             return text
         (ids,) = self._tokenizer.encode_batch([text])
         target = np.asarray([*ids, self._tokenizer.eos_id], np.int32)
-        if len(target) > self.max_length:
-            return self._too_long(f"{len(target)} tokens are more than task.max_target_length={self.max_length}")
+        if len(target) > self._max_target_length:
+            most = f"task.max_target_length={self._max_target_length}"
+            return self._too_long(f"{len(target)} tokens are more than {most}")
         try:
             value = column(record, self._audio_column)
         except KeyError:
@@ -127,10 +136,12 @@ class SpeechRecognition:
     def collate(self, samples: Sequence[Encoded]) -> Batch:
         """`features` [B,S,num_mels] float32, `source_mask` [B,S] bool (none with `fill`), `decoder_input_ids` and
         `labels` [B,T] int64."""
-        labels = pad_rows([sample.fields["target_ids"] for sample in samples], IGNORE)
+        targets = pad_rows([sample.fields["target_ids"] for sample in samples], IGNORE)
+        prompt = len(self._begin) - 1
+        labels = np.pad(targets, ((0, 0), (prompt, 0)), constant_values=IGNORE)
         decoder_input = np.full_like(labels, self._tokenizer.pad_id)
-        decoder_input[:, 0] = self._tokenizer.bos_id
-        decoder_input[:, 1:] = np.where(labels[:, 1:] == IGNORE, self._tokenizer.pad_id, labels[:, :-1])
+        decoder_input[:, : prompt + 1] = self._begin
+        decoder_input[:, prompt + 1 :] = np.where(targets[:, 1:] == IGNORE, self._tokenizer.pad_id, targets[:, :-1])
         batch = self._collate_features(samples)
         batch["decoder_input_ids"] = torch.from_numpy(decoder_input)
         batch["labels"] = torch.from_numpy(labels)
@@ -189,12 +200,12 @@ class SpeechRecognition:
         """See `trainer.tasks.GeneratesText`; at most 10 tokens more than 25 a second of the recording."""
         beams = {
             "beam_size": self._beam_size,
-            "max_length": self.max_length,
+            "max_length": self._max_target_length,
             "max_length_ratio": _MAX_TOKENS_PER_FRAME,
-            "length_penalty": self._length_penalty,
+            **self._length_penalty,
         }
         features = self._collate_features(samples)
-        return write_texts(model, features, self._tokenizer, self._tokenizer.bos_id, beams, how, all_finished)
+        return write_texts(model, features, self._tokenizer, self._begin, beams, how, all_finished)
 
     def source_and_reference(self, record: Record) -> tuple[str, str]:
         """The name of the recording's file, where it has one, and the text."""
@@ -216,3 +227,15 @@ class SpeechRecognition:
             "wer": float(jiwer.wer(list(references), list(hypotheses))),
             "cer": float(jiwer.cer(list(references), list(hypotheses))),
         }
+
+
+def _begin(tokenizer: TextTokenizer, prompt: Sequence[str] | None) -> list[int]:
+    """The ids that a text begins with. Raises ConfigError for a token that there is not."""
+    if prompt is None:
+        return [tokenizer.bos_id]
+    ids = {name: tokenizer.id_of(name) for name in prompt}
+    missing = [str(name) for name, id_ in ids.items() if id_ is None]
+    if missing or not ids:
+        what = f"{', '.join(missing)} is no token of the tokenizer's" if missing else "it names no token"
+        raise ConfigError(f"task.prompt={list(prompt)}: {what}; name those a text begins with, or null.")
+    return [id_ for name in prompt if (id_ := ids[name]) is not None]

@@ -18,9 +18,10 @@ class Summarisation(TextToText):
 
     prefix: what every document begins with, such as "summarize: " for public T5 models. max_source_length,
     max_target_length: tokens with the end token; a longer record is cut, or skipped with overlong="skip". beam_size,
-    length_penalty: of the beam search in evaluation. lead_words: first words of the document that are the baseline
-    `lead_rouge1` ... rouge_tokenize: "english" as rouge-score has it (the letters a-z and digits, lower case; for
-    figures to compare with published ones) or "unicode" (words of any script). start_token: see `Translation`.
+    length_penalty, length_penalty_kind: of the beam search in evaluation (`trainer.decoding.BeamOptions`). lead_words:
+    first words of the document that are the baseline `lead_rouge1` ... rouge_tokenize: "english" as rouge-score has it
+    (the letters a-z and digits, lower case; for figures to compare with published ones) or "unicode" (words of any
+    script). start_token: see `Translation`.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Summarisation(TextToText):
         label_smoothing: float = 0.1,
         beam_size: int = 4,
         length_penalty: float = 1.0,
+        length_penalty_kind: str = "gnmt",
         max_source_length: int = 512,
         max_target_length: int = 128,
         overlong: str = "truncate",
@@ -48,6 +50,7 @@ class Summarisation(TextToText):
             label_smoothing=label_smoothing,
             beam_size=beam_size,
             length_penalty=length_penalty,
+            length_penalty_kind=length_penalty_kind,
             max_source_length=max_source_length,
             max_target_length=max_target_length,
             overlong=overlong,

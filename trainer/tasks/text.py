@@ -32,6 +32,10 @@ class TextTokenizer(Protocol):
 
     def decode_batch(self, ids: list[list[int]]) -> list[str]: ...
 
+    @property
+    def for_targets(self) -> TextTokenizer:
+        """What encodes targets."""
+
     def id_of(self, token: str) -> int | None:
         """Of an entry of the vocabulary, by its name; None where there is none."""
 
@@ -162,7 +166,7 @@ def write_texts(
     model: Any,
     batch: Batch,
     tokenizer: TextTokenizer,
-    start_id: int,
+    begin: int | Sequence[int],
     beams: Mapping[str, Any],
     how: Decoding,
     all_finished: AllFinished | None,
@@ -176,7 +180,7 @@ def write_texts(
     if "max_length" in said:
         said["max_length_ratio"] = None
     options = decoding.chosen(how, decoding.BeamOptions(**{**beams, **said}))
-    special_ids = start_id, tokenizer.eos_id, tokenizer.pad_id
+    special_ids = begin, tokenizer.eos_id, tokenizer.pad_id
     sources = {name: tensor.to(device) for name, tensor in batch.items()}
     ids = decoding.write(model, sources, special_ids, options, how.seed, all_finished)
     return [text.strip() for text in tokenizer.decode_batch(ids)]

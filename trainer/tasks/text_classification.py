@@ -11,6 +11,7 @@ import torch
 from trainer.data.sources import column
 from trainer.errors import ConfigError
 from trainer.tasks import BadRecord, Batch, Encoded, LossSums, Record
+from trainer.tasks.classification import check_class_names
 from trainer.tasks.loss import token_loss
 from trainer.tasks.text import TextTokenizer, check_overlong, number_segments, pack_rows, text_at
 
@@ -42,11 +43,7 @@ class TextClassification:
         check_overlong(overlong)
         if num_classes < 2:
             raise ConfigError(f"task.num_classes={num_classes}: a classifier needs at least 2 classes.")
-        if class_names is not None and (len(class_names) != num_classes or len(set(class_names)) < num_classes):
-            raise ConfigError(
-                f"task.class_names has {len(set(class_names))} different names,"
-                f" task.num_classes={num_classes}; there must be as many."
-            )
+        check_class_names(class_names, num_classes)
         if max_length < 5:
             raise ConfigError(f"task.max_length={max_length}: two texts and their ends take at least 5 tokens.")
         if not 0.0 <= label_smoothing < 1.0:
@@ -54,6 +51,7 @@ class TextClassification:
         self._text_columns = (text_column,) if second_column is None else (text_column, second_column)
         self.required_columns = (*self._text_columns, label_column)
         self.max_length = max_length
+        self.class_names = class_names
         self._tokenizer = tokenizer
         self._label_column = label_column
         self._num_classes = num_classes

@@ -97,6 +97,7 @@ class TextToText(SourceToTarget):
         label_smoothing: float,
         beam_size: int,
         length_penalty: float,
+        length_penalty_kind: str,
         max_source_length: int,
         max_target_length: int,
         overlong: str,
@@ -116,7 +117,7 @@ class TextToText(SourceToTarget):
         self._source_column = source_column
         self._target_column = target_column
         self._beam_size = beam_size
-        self._length_penalty = length_penalty
+        self._length_penalty = {"length_penalty": length_penalty, "length_penalty_kind": length_penalty_kind}
         self._max_source_length = max_source_length
         self._max_target_length = max_target_length
         self._overlong = overlong
@@ -134,16 +135,21 @@ class TextToText(SourceToTarget):
         """`source_ids`, `target_ids`: int32, each with the end token."""
         sources = self._encode_sources([self.source_text(record) for record in records])
         targets = self._encode_texts(
-            [self.target_text(record) for record in records], "task.max_target_length", self._max_target_length
+            [self.target_text(record) for record in records],
+            "task.max_target_length",
+            self._max_target_length,
+            self._tokenizer.for_targets,
         )
         return [self._join(source, target) for source, target in zip(sources, targets, strict=True)]
 
     def _encode_sources(self, texts: Sequence[str | BadRecord]) -> list[list[int] | BadRecord]:
         prefixed = [text if isinstance(text, BadRecord) else self._prefix + text for text in texts]
-        return self._encode_texts(prefixed, "task.max_source_length", self._max_source_length)
+        return self._encode_texts(prefixed, "task.max_source_length", self._max_source_length, self._tokenizer)
 
-    def _encode_texts(self, texts: Sequence[str | BadRecord], key: str, limit: int) -> list[list[int] | BadRecord]:
-        ids = iter(self._tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+    def _encode_texts(
+        self, texts: Sequence[str | BadRecord], key: str, limit: int, tokenizer: TextTokenizer
+    ) -> list[list[int] | BadRecord]:
+        ids = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
         return [
             text
             if isinstance(text, BadRecord)
@@ -224,7 +230,7 @@ class TextToText(SourceToTarget):
             "beam_size": self._beam_size,
             "max_length": self._max_target_length,
             "max_length_ratio": self.max_length_ratio,
-            "length_penalty": self._length_penalty,
+            **self._length_penalty,
         }
         sources = self._collate_sources(samples)
         return write_texts(model, sources, self._tokenizer, self.start_id, beams, how, all_finished)

@@ -16,7 +16,8 @@ class Translation(TextToText):
     """Teacher-forced cross-entropy with label smoothing; evaluated by beam search and sacreBLEU.
 
     max_source_length, max_target_length: tokens with the end-of-sentence token; a longer record is skipped, or cut with
-    overlong="truncate". beam_size, length_penalty: of the beam search in evaluation. bleu_tokenize: sacreBLEU's
+    overlong="truncate". beam_size, length_penalty, length_penalty_kind: of the beam search in evaluation
+    (`trainer.decoding.BeamOptions`). bleu_tokenize: sacreBLEU's
     tokenizer ("13a"; "zh", "ja-mecab", "char" for languages without spaces). start_token: what a target begins with
     (None: the tokenizer's begin token); weights that others trained want theirs, BART's "</s>".
     """
@@ -32,6 +33,7 @@ class Translation(TextToText):
         z_loss: float = 0.0,
         beam_size: int = 4,
         length_penalty: float = 1.0,
+        length_penalty_kind: str = "gnmt",
         max_source_length: int = 128,
         max_target_length: int = 128,
         overlong: str = "skip",
@@ -46,6 +48,7 @@ class Translation(TextToText):
             label_smoothing=label_smoothing,
             beam_size=beam_size,
             length_penalty=length_penalty,
+            length_penalty_kind=length_penalty_kind,
             max_source_length=max_source_length,
             max_target_length=max_target_length,
             overlong=overlong,
