@@ -8,7 +8,7 @@ from trainer.estimate.activations import stacks
 from trainer.estimate.cluster import Cluster
 from trainer.estimate.fitted import Fitted
 from trainer.estimate.layout import Layout
-from trainer.estimate.memory import Local
+from trainer.estimate.local import Local
 from trainer.estimate.shape import Shape
 
 
