@@ -41,6 +41,9 @@ _OFFLOADS = (
 _ALIKE = 1.01
 """Times of steps within this ratio are the same: no prediction is that exact, and fewer settings go wrong less."""
 
+_NO_FASTER = 0.998
+"""A larger micro-batch that gains less than this is not worth its memory, nor are larger ones."""
+
 _MOST_NODES = 4096
 """The largest cluster that is looked at for one that fits."""
 
@@ -231,7 +234,7 @@ class _Search:
     def _split_problem(self, engine: EngineConfig) -> str | None:
         """Why the model or the batch cannot be split so, in the trainer's own words."""
         try:
-            plan = make_plan(_with(self._config, engine, 1, self._cluster.ranks, self._shape), self._cluster.ranks)
+            plan = make_plan(_with(self._config, engine, 1, self._cluster.ranks), self._cluster.ranks)
             if plan.sequence_parallel * plan.tensor_parallel > 1:
                 check_split(self._build_model, plan)
         except ConfigError as error:
@@ -276,16 +279,17 @@ class _Search:
         return bool(problems or engine_problems(replace(self._config, engine=engine), self._task, self._model))
 
     def _micro_batches(self, engine: EngineConfig) -> Iterator[Candidate]:
-        """From the smallest up to the first that does not fit."""
-        ranks = self._cluster.ranks
+        """From the smallest up, until one does not fit or is no faster than the one before."""
+        ranks, before = self._cluster.ranks, float("inf")
         each = self._config.batch.global_size // (ranks // (engine.sequence_parallel * engine.tensor_parallel))
         for size in (size for size in range(1, each + 1) if each % size == 0):
-            config = _with(self._config, engine, size, ranks, self._shape)
+            config = _with(self._config, engine, size, ranks)
             candidate = Candidate(config, predict(self._shape, layout_of(config, ranks), self._cluster))
             self.tried += 1
             yield candidate
-            if self._only_smallest or not candidate.prediction.fits:
+            if self._only_smallest or not candidate.prediction.fits or candidate.seconds > _NO_FASTER * before:
                 return
+            before = candidate.seconds
 
 
 def _splits(cluster: Cluster) -> Iterator[tuple[int, int]]:
@@ -295,7 +299,7 @@ def _splits(cluster: Cluster) -> Iterator[tuple[int, int]]:
     yield from ((sequence, tensor) for tensor, sequence in product(sizes, sizes) if sequence * tensor <= devices)
 
 
-def _with(config: Config, engine: EngineConfig, size: int, ranks: int, shape: Shape) -> Config:
+def _with(config: Config, engine: EngineConfig, size: int, ranks: int) -> Config:
     """`config` by another engine with `size` samples at once, in tokens where it counts in tokens."""
     batch = config.batch
     if batch.micro_tokens is None:
