@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.planner.search import Candidate, choose
+from launch.planner.found import Candidate
+from launch.planner.search import choose
 from trainer.build import part_problems
 from trainer.commands import run_command
 from trainer.composition import compose
