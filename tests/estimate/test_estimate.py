@@ -229,6 +229,26 @@ def test_layouts_follow_the_plan():
         layout_of(resolved, 7)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_models_of_transformers_are_read_from_their_configuration(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 1000}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=False).save_pretrained(tmp_path)
+    words = ("model=hf", f"model.path={tmp_path}", "model.kind=causal_lm", "model.pretrained=false", "task=causal_lm")
+    common = ("name=x", "steps=1", "batch.global_size=8", "data=files", "data.path=x")
+    whole = shape_of(config(*words, *common))
+    ours = replace(SEVEN_B, d_model=256, num_heads=4, d_ff=688, decoder_layers=4, vocab_size=1000, num_kv_heads=2)
+    assert whole.parameters == replace(ours, extra=256).parameters
+    assert (whole.gated, whole.rotary, whole.decoder_layers, whole.trained) == (True, True, 4, 1.0)
+    pytest.importorskip("peft")
+    adapted = shape_of(config(*words, *common, "model.lora={r: 8, target_modules: all-linear}"))
+    assert 0 < adapted.trained < 0.1
+    layout, cluster = Layout(target_length=128), load_cluster("h100")
+    moments = [value(predict(shape, layout, cluster), "optimizer states") for shape in (whole, adapted)]
+    assert moments[1] < 0.1 * moments[0]
+
+
 def test_offloading_fits_a_model_that_did_not():
     plain = config("experiment=encoder_decoder_3b_zero3_offload", "engine=zero3")
     offloaded = config("experiment=encoder_decoder_3b_zero3_offload")

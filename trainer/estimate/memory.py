@@ -29,7 +29,7 @@ def device_terms(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted 
     """What is on the device at the peak. Sources: ZeRO (Rajbhandari et al. 2020, sections 3.1 and 5), Korthikanti et
     al. 2022 (section 4), and the code of our engines (docs/sharding.md)."""
     local = Local.of(shape, layout)
-    states = _states(local, layout)
+    states = _states(local, layout, shape.trained)
     passing = _passing(shape, layout, local, cluster)
     moving = sum(term.value for term in passing)
     on_cpu = cluster.generation == "cpu"
@@ -52,7 +52,7 @@ def device_terms(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted 
     return [*states, *passing, *losses]
 
 
-def _states(local: Local, layout: Layout) -> list[Term]:
+def _states(local: Local, layout: Layout, trained: float) -> list[Term]:
     """Parameters, masters, gradients and optimizer states between two micro-batches."""
     system, stage, n = layout.system, layout.zero_stage, layout.zero_ranks
     whole = system.whole_gradients and layout.accumulation > 1 and n > 1
@@ -60,10 +60,10 @@ def _states(local: Local, layout: Layout) -> list[Term]:
     away = layout.offload_optimizer != "none"
     rows = (
         ("parameters", system.held, n if stage == 3 else 1, layout.offload_parameters == "none"),
-        ("masters", system.master, n if stage else 1, not away),
-        ("gradients", gradient, n if stage >= 2 and not whole else 1, not (away and stage >= 2)),
-        ("optimizer states", system.moments, n if stage else 1, not away),
-        ("average of the weights", 4.0 if layout.ema else 0.0, n if stage else 1, not away),
+        ("masters", trained * system.master, n if stage else 1, not away),
+        ("gradients", trained * gradient, n if stage >= 2 and not whole else 1, not (away and stage >= 2)),
+        ("optimizer states", trained * system.moments, n if stage else 1, not away),
+        ("average of the weights", trained * 4.0 if layout.ema else 0.0, n if stage else 1, not away),
     )
     return [
         Term(
@@ -83,6 +83,7 @@ def _passing(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> li
     system = layout.system
     gathered, gathered_formula = _gathered(layout, local)
     arriving, arriving_formula = _arriving(layout, local)
+    arriving *= shape.trained
     stored = _stored(shape, layout)
     working = activations.working_bytes(shape, layout) if shape.other is None else 0.0
     logits, logits_formula = logit_bytes(shape, layout, cluster.generation == "cpu")
@@ -205,7 +206,7 @@ def host_terms(shape: Shape, layout: Layout, cluster: Cluster) -> list[Term]:
     """What one rank has in its host's memory (ZeRO-Offload, Ren et al. 2021, section 4; ours: docs/sharding.md)."""
     local = Local.of(shape, layout)
     system, n = layout.system, layout.zero_ranks
-    states = system.master + system.moments + 4.0
+    states = shape.trained * (system.master + system.moments + 4.0)
     own = local.parameters / (n if layout.zero_stage else 1)
     on_cpu = cluster.generation == "cpu"
     rows: list[tuple[str, float, str, dict[str, float]]] = []
@@ -223,6 +224,6 @@ def host_terms(shape: Shape, layout: Layout, cluster: Cluster) -> list[Term]:
     if layout.offload_activations == "cpu" and not on_cpu:
         rows.append(("offloaded activations", _stored(shape, layout), "what would be on the device", {}))
     if layout.offload_optimizer == "none" and not on_cpu:
-        saved = (system.master or system.held) + system.moments
+        saved = shape.trained * ((system.master or system.held) + system.moments)
         rows.append(("snapshot of a checkpoint", saved * own, "(masters + states) x shard", {"shard": own}))
     return [Term(name, "host", value, formula, inputs) for name, value, formula, inputs in rows]

@@ -32,7 +32,11 @@ def predict(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted = FIT
         host_bytes += device_bytes
     seconds = sum(term.value for term in step)
     system = layout.system
-    saved = shape.parameters * ((system.master or system.held) + system.moments + (4.0 if layout.ema else 0.0))
+    saved = (
+        shape.trained
+        * shape.parameters
+        * ((system.master or system.held) + system.moments + (4.0 if layout.ema else 0.0))
+    )
     nodes = -(-layout.ranks // cluster.gpus_per_node)
     return Prediction(
         memory=tuple(memory),
@@ -97,7 +101,11 @@ def _update(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> l
     et al. 2021)."""
     local, system = Local.of(shape, layout), layout.system
     own = local.parameters / (layout.zero_ranks if layout.zero_stage else 1)
-    touched = own * (2 * system.moments + 2 * (system.master or system.held) + 2 * system.gradient + system.working)
+    touched = (
+        shape.trained
+        * own
+        * (2 * system.moments + 2 * (system.master or system.held) + 2 * system.gradient + system.working)
+    )
     terms = []
     if layout.offload_optimizer == "none":
         seconds = touched / (cluster.memory_bandwidth * fitted.bandwidth)
@@ -106,7 +114,7 @@ def _update(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> l
     per_rank = cluster.cpu_bandwidth / cluster.gpus_per_node * fitted.bandwidth
     inputs = {"bytes": touched, "bandwidth": per_rank}
     terms.append(Term("update on the host", "compute", touched / per_rank, "bytes of states / host bandwidth", inputs))
-    moved = own * (system.sent_gradient * layout.accumulation + system.working)
+    moved = shape.trained * own * (system.sent_gradient * layout.accumulation + system.working)
     if layout.offload_parameters != "none":
         moved += own * system.working * 2 * layout.accumulation
     link = cluster.host_bandwidth * fitted.link
