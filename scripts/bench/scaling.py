@@ -72,7 +72,7 @@ def main(options: Options) -> None:
                     found[name][how][gpus] = best
         for how, points in found[name].items():
             print(f"\n{name}, {how} scaling on {options.cluster}\n")
-            print("| GPUs | settings | activations | at once | s a step | tokens/s | MFU | of ideal | GiB |")
+            print("| GPUs | settings | activations | at once | s a step | tokens/s | MFU | a GPU, of the first | GiB |")
             print("|---|---|---|---|---|---|---|---|---|")
             for gpus, one in points.items():
                 print(row(gpus, one, next(iter(points.items()))))
