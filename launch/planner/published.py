@@ -91,12 +91,14 @@ _FSDP = System(
     early_stop=True,
     head_loss="eager",
     fused_projection=False,
+    gate_apart=False,
+    overlaps=True,
     attention="flash",
     early_hopper=True,
 )
 _MEGATRON = System(
     name="Megatron-LM", gradient=4.0, arriving=0.0, sent_gradient=4.0, head_loss="eager", attention="unfused",
-    compiled=True, selective="attention", splits_vocabulary="logits", overlaps=False, bucket_elements=0.0,
+    compiled=True, selective="attention", splits_vocabulary="logits", bucket_elements=0.0,
 )  # fmt: skip
 _TITAN_TP: dict[str, Any] = {"sequence_norms": True, "splits_vocabulary": "logits"}
 _TITAN = replace(_FSDP, name="torchtitan", sent_gradient=4.0, selective="half")
@@ -115,7 +117,8 @@ SYSTEMS = {
     "kempnerforge": System(
         name="KempnerForge", master=0.0, gradient=2.0, moments=4.0, sent_gradient=4.0, whole_gradients=True,
         reduces_every_micro_batch=False, live_elements=0.0, bucket_elements=0.0, head_loss="compiled", compiled=True,
-        early_stop=True, sequence_norms=True, fused_projection=False, splits_vocabulary="tables",
+        early_stop=True, sequence_norms=True, fused_projection=False, gate_apart=False, splits_vocabulary="tables",
+        overlaps=True,
     ),
     "megatron-fp16": replace(_MEGATRON, gradient=2.0, sent_gradient=2.0),
     "megatron": _MEGATRON,
@@ -143,6 +146,8 @@ class Row:
     unit: str
     value: float
     fitted: bool
+    outer: bool
+    """Of a source or a part of one that nothing was ever fitted on."""
 
     @property
     def name(self) -> str:
@@ -198,6 +203,17 @@ def _row(fields: dict[str, str]) -> Row:
         precision=fields["precision"],  # type: ignore[arg-type]
         system=system,
     )
-    key = ",".join(value for name, value in fields.items() if name not in ("unit", "value"))
+    key = ",".join(value for name, value in fields.items() if name not in ("unit", "value", "outer"))
+    inner = not fields["outer"]
     first = hashlib.sha256(key.encode()).digest()[0]
-    return Row(fields["source"], model, shape, layout, cluster, fields["unit"], number("value"), first % 2 == 0)
+    return Row(
+        fields["source"],
+        model,
+        shape,
+        layout,
+        cluster,
+        fields["unit"],
+        number("value"),
+        inner and first % 2 == 0,
+        not inner,
+    )

@@ -1,7 +1,8 @@
 """The predictions beside published measurements: `python -m launch.planner.validate`.
 
-Half of the rows (by the hash of their configuration) fit the numbers of `trainer.estimate.fitted`; errors are told of
-each half, of memory and time apart, and whether what was measured is said to fit. --write renews docs/planner_errors.md
+Half of the rows of some tables (by the hash of their configuration) fit the numbers of `trainer.estimate.fitted`.
+Errors are told of that half, the other, and other ("outer") tables, of memory and time apart, and whether what was
+measured is said to fit. --write renews docs/planner_errors.md
 and its plot, --fit fits again and prints the numbers, --leave-out fits without each source in turn.
 """
 
@@ -68,6 +69,14 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
 
 
+HALVES = ("fitted on", "held out", "outer")
+
+
+def half_of(row: Row) -> str:
+    """Which of `HALVES`: the half that is fitted on, the other half of the same tables, or other tables."""
+    return "outer" if row.outer else "fitted on" if row.fitted else "held out"
+
+
 def is_time(row: Row) -> bool:
     """Whether a row tells a throughput or a step's seconds."""
     return row.unit in ("s", "tokens/s/gpu")
@@ -82,8 +91,8 @@ def summary(compared: Sequence[Compared]) -> str:
     """Medians and 90th percentiles of the absolute errors of each half; the error bars; what fits."""
     lines = []
     for what, chosen in (("memory", lambda row: row.unit == "GiB"), ("time", is_time)):
-        for half, fitted in (("fitted on", True), ("held out", False)):
-            found = [one for one in compared if chosen(one.row) and one.row.fitted is fitted]
+        for half in HALVES:
+            found = [one for one in compared if chosen(one.row) and half_of(one.row) == half]
             errors = [abs(one.error) for one in found]
             lines.append(
                 f"{what:6}  {half:9}  {len(errors):4} rows   median {median(errors):6.1%}   90th percentile"
@@ -111,7 +120,7 @@ def table(compared: Sequence[Compared]) -> str:
         lines += [f"## {source}", "", "| configuration | half | unit | published | predicted | error |"]
         lines.append("|---|---|---|---|---|---|")
         for one in found:
-            row, half = one.row, "fitted" if one.row.fitted else "held out"
+            row, half = one.row, half_of(one.row)
             if row.unit == "fits":
                 fits = "fits" if one.memory_share <= 1 else "does not fit"
                 cells = "memory", "ran" if row.value else "out of memory", f"{one.predicted:.1f} GiB: {fits}", ""
@@ -136,12 +145,13 @@ def plot(compared: Sequence[Compared], path: Path) -> None:
         ("throughput, relative to published", is_time),
     )
     for axis, (title, chosen) in zip(axes, panels, strict=True):
-        for fitted, marker, label in ((True, "o", "fitted on"), (False, "x", "held out")):
-            found = [one for one in compared if chosen(one.row) and one.row.fitted is fitted]
+        for label, marker in zip(HALVES, "ox+", strict=True):
+            found = [one for one in compared if chosen(one.row) and half_of(one.row) == label]
             if title.startswith("memory"):
                 axis.plot([one.row.value for one in found], [one.predicted for one in found], marker, ms=5, label=label)
             else:
-                ranks = [one.row.layout.ranks * (1.06 if fitted else 1) for one in found]
+                aside = 1 + 0.06 * HALVES.index(label)
+                ranks = [one.row.layout.ranks * aside for one in found]
                 axis.plot(ranks, [1 + one.error for one in found], marker, ms=4, label=label)
         axis.set_title(title)
         axis.legend()

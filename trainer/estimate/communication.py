@@ -140,6 +140,9 @@ def _tensor(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> l
         number = stack.layers / layout.pipeline * (3 if stack.memory else 2) * (2 + again)
         size += number * stack.positions * shape.d_model * width
         calls += number
+        if layout.system.gate_apart:
+            more = stack.positions * shape.gated + stack.memory_positions
+            size += stack.layers / layout.pipeline * more * shape.d_model * width
     size, calls = size * layout.accumulation, calls * layout.accumulation
     sent = 2 * size * (group.ranks - 1) / group.ranks
     inputs = {"sub-layers": calls, "bytes": size, "n": float(group.ranks), "bandwidth": group.bandwidth}

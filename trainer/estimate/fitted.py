@@ -26,33 +26,33 @@ class Fitted:
 
     products: Mapping[str, float] = field(
         default_factory=lambda: {
-            "volta": 0.82,
+            "volta": 0.83,
             "ampere": 0.74,
-            "hopper": 0.66,
-            "hopper early": 0.60,
+            "hopper": 0.67,
+            "hopper early": 0.565,
             "cdna3": 0.50,
             "cpu": 0.80,
         }
     )
-    bandwidth: float = 0.84
-    eager: float = 1.54
+    bandwidth: float = 0.83
+    eager: float = 1.62
     attention: Mapping[str, float] = field(
         default_factory=lambda: {
             "flash1 ampere": 0.31,
-            "flash1 hopper": 0.185,
+            "flash1 hopper": 0.20,
             "flash volta": 0.30,
-            "flash ampere": 0.50,
-            "flash hopper": 0.29,
+            "flash ampere": 0.55,
+            "flash hopper": 0.34,
             "cudnn hopper": 0.50,
             "flash cdna3": 0.30,
             "flash cpu": 0.40,
         }
     )
     link: float = 0.9
-    exposed: float = 0.33
-    hop_seconds: float = 5.1e-6
+    exposed: float = 0.29
+    hop_seconds: float = 5.25e-6
     fragmentation: float = 0.02
-    context_bytes: float = 2e9
+    context_bytes: float = 2 * 2.0**30
 
 
 FITTED = Fitted()
@@ -60,5 +60,5 @@ FITTED = Fitted()
 MEMORY_ERROR = (0.85, 1.18)
 """The error bar of a rank's memory: 9 of 10 measured values lie between these multiples of the predicted."""
 
-TIME_ERROR = (0.91, 1.18)
+TIME_ERROR = (0.90, 1.19)
 """The same of the seconds of a step."""

@@ -60,11 +60,14 @@ class System:
     """Tensor parallel ranks share the positions between products too (Korthikanti et al. 2022)."""
     splits_vocabulary: Literal["none", "tables", "logits"] = "none"
     """What tensor parallel ranks share besides the layers: nothing, the token table and head, these and the logits."""
+    gate_apart: bool = True
+    """The two first products of a gated feed-forward, and queries and keys of cross-attention, each sum the
+    gradients of their inputs over tensor parallel ranks."""
     fused_projection: bool = True
     """Queries, keys and values are one product, whose result is kept as long as the values in it."""
     autocast: bool = False
     """Only products are in the narrow precision: all else passes over fp32."""
-    overlaps: bool = True
+    overlaps: bool = False
     """Collectives of ZeRO run beneath computation."""
     early_hopper: bool = False
     """Products of matrices on Hopper by libraries from before its own kernels were in cuBLAS (2023-24)."""

@@ -18,6 +18,9 @@ LOGIT_BYTES = {"kernel": 4.0, "compiled": 8.0, "eager": 14.0}
 """Of a logit that exists as a whole, in bf16: the logit and its gradient, each 2; without a kernel fp32 of 4 for the
 gradient, and without a compiler also for the copy and for the log of the softmax (later its gradient)."""
 
+PREFETCHED = 5e7
+"""Elements that DeepSpeed's ZeRO-3 gathers into a buffer at once, before it copies them into parameters."""
+
 HOST_PROCESS_BYTES = 3e9
 """Of a Python process with torch and its libraries on a GPU machine."""
 
@@ -79,64 +82,39 @@ def _states(local: Local, layout: Layout, trained: float) -> list[Term]:
 
 
 def _passing(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[Term]:
-    """What comes and goes within a step."""
-    system = layout.system
+    """What comes and goes within a step: at the head's loss, when the backward pass begins or ends, or when ZeRO-1
+    sends gradients, whichever is most."""
+    system, stage = layout.system, layout.zero_stage
     gathered, gathered_formula = _gathered(layout, local)
-    arriving, arriving_formula = _arriving(layout, local)
-    arriving *= shape.trained
-    stored = _stored(shape, layout)
+    first, last, formula = _arriving(layout, local)
+    stored = 0.0 if layout.offload_activations == "cpu" else _stored(shape, layout)
     working = activations.working_bytes(shape, layout) if shape.other is None else 0.0
     logits, logits_formula = logit_bytes(shape, layout, cluster.generation == "cpu")
     if layout.pipeline > 1:  # the last stage has the logits, and the first the most micro-batches
         spare = stored * (1 - 1 / min(layout.pipeline, max(1.0, layout.accumulation)))
         logits = max(0.0, logits - spare)
-    at_head = logits >= working + arriving
-    later = "0: the peak is elsewhere in the step"
-    inputs = {"positions": layout.micro_size * (layout.source_length + layout.target_length)}
-    return [
-        Term(
-            "gathered parameters",
-            "device",
-            gathered,
-            gathered_formula,
-            {"bytes": system.working, "parameters of the rank": local.parameters, "of a layer": local.layer},
-        ),
-        Term(
-            "buffers of collectives",
-            "device",
-            _buffers(layout, cluster),
-            "2 buckets of gradients" if layout.zero_stage >= 2 else "none",
-            {"elements of a bucket": system.bucket_elements, "bytes": system.arriving},
-        ),
-        Term(
-            "arriving gradients",
-            "device",
-            0.0 if at_head else arriving,
-            later if at_head else arriving_formula,
-            {"bytes": system.arriving, "parameters of the rank": local.parameters, "of a layer": local.layer},
-        ),
-        Term(
-            "activations",
-            "device",
-            0.0 if layout.offload_activations == "cpu" else stored,
-            f"layers x bytes that a layer keeps (recompute={layout.recompute}), embeddings",
-            {**inputs, "layers": float(shape.layers), "d_model": float(shape.d_model)},
-        ),
-        Term(
-            "activations of a layer",
-            "device",
-            0.0 if at_head else working,
-            later if at_head else "one layer computed again, and its gradients",
-            inputs,
-        ),
-        Term(
-            "logits",
-            "device",
-            logits if at_head else 0.0,
-            logits_formula if at_head else later,
-            {**inputs, "vocabulary": float(shape.vocab_size), "d_model": float(shape.d_model)},
-        ),
+    bucket, sent = _bucket(layout, local, cluster), _sent_at_once(layout, local)
+    # (activations, logits, a layer's, arriving gradients, buffers) of each moment
+    moments = [
+        (stored, logits, 0.0, 0.0, bucket if stage == 3 else 0.0),
+        (stored, 0.0, working, shape.trained * first, bucket),
+        (0.0, 0.0, working, shape.trained * last, bucket),
+        (0.0, 0.0, 0.0, 0.0, shape.trained * sent),
     ]
+    kept, at_head, of_layer, arriving, buffers = max(moments, key=sum)
+    inputs = {"positions": layout.micro_size * (layout.source_length + layout.target_length)}
+    own = {"bytes": system.arriving, "parameters of the rank": local.parameters, "of a layer": local.layer}
+    outside = {"vocabulary": float(shape.vocab_size), "d_model": float(shape.d_model)}
+    rows = [
+        ("gathered parameters", gathered, gathered_formula, own),
+        ("buffers of collectives", buffers, "elements of the buckets x bytes", {"elements": system.bucket_elements}),
+        ("arriving gradients", arriving, formula, own),
+        ("activations", kept, f"layers x bytes that a layer keeps (recompute={layout.recompute}), embeddings", inputs),
+        ("activations of a layer", of_layer, "one layer computed again, and its gradients", inputs),
+        ("logits", at_head, logits_formula, {**inputs, **outside}),
+    ]
+    later = "0: there is none, or the peak is elsewhere in the step"
+    return [Term(name, "device", value, text if value else later, known) for name, value, text, known in rows]
 
 
 def _stored(shape: Shape, layout: Layout) -> float:
@@ -155,30 +133,42 @@ def _gathered(layout: Layout, local: Local) -> tuple[float, str]:
             return 0.0, "none: parameters are whole"
         return cast * (2 * local.layer + local.tables), "bytes x (2 layers + token tables)"
     if system.live_elements:
-        most = min(local.parameters, system.live_elements + local.layer)
-        return system.working * most, "bytes x min(parameters of the rank, 1e9 + a layer)"
+        most = min(local.parameters, system.live_elements + local.layer) + min(local.parameters, PREFETCHED)
+        return system.working * most, "bytes x (min(parameters of the rank, 1e9 + a layer) + 5e7 being copied)"
     return system.working * (2 * local.layer + local.tables), "bytes x (2 layers + token tables)"
 
 
-def _arriving(layout: Layout, local: Local) -> tuple[float, str]:
-    """Gradients as the backward pass makes them, until they are summed or sent."""
+def _arriving(layout: Layout, local: Local) -> tuple[float, float, str]:
+    """Gradients as the backward pass makes them, until they are summed or sent: when it begins, when it ends."""
     system, stage = layout.system, layout.zero_stage
+    head = system.arriving * local.tables / 2
     if stage == 0:
-        return system.arriving * local.parameters, "bytes x parameters of the rank"
+        return head, system.arriving * local.parameters, "bytes x parameters of the rank that have got theirs"
     if stage == 1:
-        return 0.0, "none: they are held"
+        return 0.0, 0.0, "none: they are held"
     if stage == 3 and not system.live_elements:
         each = system.arriving + 4.0
-        return each * (local.layer + local.tables / 2), "(bytes + 4 on the wire) x (a layer + the head)"
-    return system.arriving * 2 * local.layer, "bytes x 2 layers"
+        found = each * (local.layer + local.tables / 2)
+        return found, found, "(bytes + 4 on the wire) x (a layer + the head)"
+    return head, system.arriving * 2 * local.layer, "bytes x (the head, or 2 layers)"
 
 
-def _buffers(layout: Layout, cluster: Cluster) -> float:
-    """DeepSpeed's buckets; on a CPU there is one, and pages of it that are not used take no memory."""
+def _bucket(layout: Layout, local: Local, cluster: Cluster) -> float:
+    """DeepSpeed's buckets, two where they overlap with computation; on a CPU, unused pages take no memory."""
     system = layout.system
     if layout.zero_stage < 2 or not system.bucket_elements:
         return 0.0
-    return system.bucket_elements * system.arriving * (1 if cluster.generation == "cpu" else 2)
+    elements = system.bucket_elements
+    if cluster.generation == "cpu":
+        elements = min(elements, local.parameters)
+    return elements * system.arriving * (2 if system.overlaps else 1)
+
+
+def _sent_at_once(layout: Layout, local: Local) -> float:
+    """DeepSpeed's ZeRO-1 in bf16 copies fp32 sums into a bucket, and that into one of bf16, after the backward pass."""
+    if layout.zero_stage != 1 or layout.precision != "bf16":
+        return 0.0
+    return (4.0 + layout.system.sent_gradient) * min(local.parameters, layout.system.bucket_elements)
 
 
 def logit_bytes(shape: Shape, layout: Layout, on_cpu: bool) -> tuple[float, str]:

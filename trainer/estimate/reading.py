@@ -350,7 +350,7 @@ def _system(config: Config, plan: RunPlan) -> System:
         all_reduces_gradients=plan.zero_stage in (0, 1, 2),
         reduces_every_micro_batch=plan.zero_stage >= 2,
         compiled=config.engine.compile,
-        overlaps=zero,
+        overlaps=False,
         head_loss="fused" if fused else "eager",
     )
 
