@@ -105,7 +105,7 @@ def _plan(options: Options, words: list[str], folder: str | None) -> None:
     plan = replace(plan, seconds=time.perf_counter() - began)
     if options.write is not None:
         path = Path(options.write)
-        plan = replace(plan, command=write_experiment(path, words, found.best, header(plan, path.stem)))
+        plan = replace(plan, command=write_experiment(path, words, plan.config, header(plan, path.stem)))
     show(plan, options.json)
 
 

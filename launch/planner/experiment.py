@@ -8,14 +8,13 @@ from typing import Any
 
 import yaml
 
-from launch.planner.search import Candidate
 from trainer.build import part_problems
 from trainer.composition import as_experiment, compose, search_path
 from trainer.config import Config, config_to_dict, to_config
 from trainer.errors import ConfigError
 
 
-def write_experiment(path: Path, words: Sequence[str], chosen: Candidate, header: str) -> str:
+def write_experiment(path: Path, words: Sequence[str], chosen: Config, header: str) -> str:
     """Write the experiment that `words` compose under the chosen settings; returns the command that runs it.
 
     path: DIR/experiment/NAME.yaml, which `--config-dir DIR experiment=NAME` finds; the run is called NAME. header:
@@ -26,7 +25,7 @@ def write_experiment(path: Path, words: Sequence[str], chosen: Candidate, header
             f"write={path}: the trainer finds experiments in a folder called experiment; write into one, such as"
             f" write={path.parent / 'experiment' / path.with_suffix('.yaml').name}."
         )
-    content = _content(words, chosen.config, path.stem)
+    content = _content(words, chosen, path.stem)
     comments = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
     before = path.read_text(encoding="utf-8") if path.exists() else None
     try:
@@ -36,7 +35,7 @@ def write_experiment(path: Path, words: Sequence[str], chosen: Candidate, header
     except OSError as error:
         raise ConfigError(f"write={path}: {error.strerror}; choose another place.") from error
     try:
-        _check(path, chosen.config)
+        _check(path, chosen)
     except ConfigError:
         path.unlink() if before is None else path.write_text(before, encoding="utf-8")
         raise

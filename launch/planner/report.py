@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from launch.planner.search import Candidate, Failure, Found, arrangement
+from launch.planner.found import Candidate, Failure, Found, arrangement
 from trainer.config import Config, config_to_dict
 from trainer.estimate import Cluster, Figure, Prediction, Term, shape_of
 

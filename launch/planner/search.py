@@ -3,8 +3,9 @@ can do, each predicted, and why the others will not do."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pkgutil import resolve_name
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from launch.planner.found import Candidate, Failure, Found
 from trainer.build import build
 from trainer.config import (
     ActivationOffload,
@@ -24,7 +26,7 @@ from trainer.config import (
     config_to_dict,
 )
 from trainer.errors import ConfigError
-from trainer.estimate import Cluster, Prediction, Shape, layout_of, predict, shape_of
+from trainer.estimate import Cluster, Prediction, Shape, known_clusters, layout_of, predict, shape_of
 from trainer.impossible import impossible
 from trainer.parallel.split import check_split
 from trainer.parts import engine_problems
@@ -41,96 +43,11 @@ _OFFLOADS = (
 _ALIKE = 1.01
 """Times of steps within this ratio are the same: no prediction is that exact, and fewer settings go wrong less."""
 
+_NO_FASTER = 0.998
+"""A larger micro-batch that gains less than this is not worth its memory, nor are larger ones."""
+
 _MOST_NODES = 4096
 """The largest cluster that is looked at for one that fits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A configuration that the trainer takes, and what is predicted of it."""
-
-    config: Config
-    prediction: Prediction
-
-    @property
-    def arrangement(self) -> str:
-        """Which ranks hold what, and where: `ZeRO-3, tensor 2, optimizer in host memory`."""
-        return arrangement(self.config.engine)
-
-    @property
-    def saving(self) -> str:
-        """What becomes of activations until the backward pass: `recomputed (full)`."""
-        engine, words = self.config.engine, []
-        if engine.recompute != Recompute.none:
-            words.append(f"recomputed ({engine.recompute})")
-        if engine.offload_activations != ActivationOffload.none:
-            words.append("in host memory")
-        return ", ".join(words) or "kept"
-
-    @property
-    def micro(self) -> str:
-        """What a rank passes forward at once."""
-        batch = self.config.batch
-        return f"{batch.micro_size} samples" if batch.micro_tokens is None else f"{batch.micro_tokens:,} tokens"
-
-    @property
-    def seconds(self) -> float:
-        """Of a step."""
-        return self.prediction.step_seconds.value
-
-    @property
-    def extras(self) -> tuple[int, int]:
-        """How far from plain the settings are; sorts."""
-        engine = self.config.engine
-        unusual = [
-            engine.offload_optimizer != Offload.none,
-            engine.offload_parameters != Offload.none,
-            engine.offload_activations != ActivationOffload.none,
-            engine.recompute != Recompute.none,
-            engine.tensor_parallel > 1,
-            engine.sequence_parallel > 1,
-        ]
-        return sum(unusual), engine.stage
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An arrangement that cannot be, or does not fit, and why. excess: how many times what there is it would need."""
-
-    engine: EngineConfig
-    reason: str
-    excess: float
-
-    @property
-    def family(self) -> str:
-        """The arrangement without how many ranks share matrices and positions."""
-        alone = self.excess < float("inf")
-        return arrangement(replace(self.engine, tensor_parallel=1, sequence_parallel=1) if alone else self.engine)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a search found. best: the fastest that fits, of those alike the plainest: with the upper end of its error
-    bar or, `narrowly`, only with the predicted value; runners_up: the fastest of every other arrangement; tried:
-    predictions made."""
-
-    best: Candidate
-    narrowly: bool
-    runners_up: tuple[Candidate, ...]
-    failures: tuple[Failure, ...]
-    tried: int
-
-
-def arrangement(engine: EngineConfig) -> str:
-    """See `Candidate.arrangement`."""
-    words = [f"ZeRO-{engine.stage}" if engine.kind == EngineKind.zero else "plain"]
-    words += [f"tensor {engine.tensor_parallel}"] if engine.tensor_parallel > 1 else []
-    words += [f"sequence {engine.sequence_parallel}"] if engine.sequence_parallel > 1 else []
-    if engine.offload_optimizer != Offload.none:
-        words.append("optimizer in host memory" if engine.offload_optimizer == Offload.cpu else "optimizer on disk")
-    if engine.offload_parameters != Offload.none:
-        words.append("parameters in host memory")
-    return ", ".join(words)
 
 
 def choose(config: Config, cluster: Cluster) -> Found:
@@ -176,15 +93,16 @@ def too_small(config: Config, cluster: Cluster, least: Candidate) -> ConfigError
             f"{what} No number of these nodes up to {_MOST_NODES} will do: the peak does not shrink with more of them."
             " Take devices with more memory, or shorter sequences."
         )
-    base = cluster.name.rpartition("_")[0] if "x" in cluster.name.rpartition("_")[2] else cluster.name
-    return ConfigError(
-        f"{what} The smallest number of such nodes that fits is {nodes}:"
-        f" cluster={base}_{nodes}x{cluster.gpus_per_node}."
+    base = re.sub(r"_\d+x\d+$", "", cluster.name)
+    cure = (
+        f"cluster={base}_{nodes}x{cluster.gpus_per_node}" if base in known_clusters() else f"nodes: {nodes} in its file"
     )
+    return ConfigError(f"{what} The smallest number of such nodes that fits is {nodes}: {cure}.")
 
 
 def smallest_that_fits(config: Config, cluster: Cluster) -> int | None:
-    """The least number of nodes on which some settings fit for the batch of `config`; None where none will do."""
+    """The least number of nodes on which some settings fit for the batch of `config`, above 64 of the multiples of 64;
+    None where none will do."""
     largest: int = min(_MOST_NODES, config.batch.global_size)  # a node has work for at least one sample
     counts: list[int] = [*range(1, min(largest, 64) + 1), *(64 * step for step in range(2, largest // 64 + 1))]
     for nodes in counts:
@@ -231,7 +149,7 @@ class _Search:
     def _split_problem(self, engine: EngineConfig) -> str | None:
         """Why the model or the batch cannot be split so, in the trainer's own words."""
         try:
-            plan = make_plan(_with(self._config, engine, 1, self._cluster.ranks, self._shape), self._cluster.ranks)
+            plan = make_plan(_with(self._config, engine, 1, self._cluster.ranks), self._cluster.ranks)
             if plan.sequence_parallel * plan.tensor_parallel > 1:
                 check_split(self._build_model, plan)
         except ConfigError as error:
@@ -276,16 +194,17 @@ class _Search:
         return bool(problems or engine_problems(replace(self._config, engine=engine), self._task, self._model))
 
     def _micro_batches(self, engine: EngineConfig) -> Iterator[Candidate]:
-        """From the smallest up to the first that does not fit."""
-        ranks = self._cluster.ranks
+        """From the smallest up, until one does not fit or is no faster than the one before."""
+        ranks, before = self._cluster.ranks, float("inf")
         each = self._config.batch.global_size // (ranks // (engine.sequence_parallel * engine.tensor_parallel))
         for size in (size for size in range(1, each + 1) if each % size == 0):
-            config = _with(self._config, engine, size, ranks, self._shape)
+            config = _with(self._config, engine, size, ranks)
             candidate = Candidate(config, predict(self._shape, layout_of(config, ranks), self._cluster))
             self.tried += 1
             yield candidate
-            if self._only_smallest or not candidate.prediction.fits:
+            if self._only_smallest or not candidate.prediction.fits or candidate.seconds > _NO_FASTER * before:
                 return
+            before = candidate.seconds
 
 
 def _splits(cluster: Cluster) -> Iterator[tuple[int, int]]:
@@ -295,7 +214,7 @@ def _splits(cluster: Cluster) -> Iterator[tuple[int, int]]:
     yield from ((sequence, tensor) for tensor, sequence in product(sizes, sizes) if sequence * tensor <= devices)
 
 
-def _with(config: Config, engine: EngineConfig, size: int, ranks: int, shape: Shape) -> Config:
+def _with(config: Config, engine: EngineConfig, size: int, ranks: int) -> Config:
     """`config` by another engine with `size` samples at once, in tokens where it counts in tokens."""
     batch = config.batch
     if batch.micro_tokens is None:

@@ -202,9 +202,7 @@ def commit(ranks: int, folder: Path) -> Rows:
         "checkpoint: manifest.json (bytes)": len(manifest),
         "checkpoint: state.json (bytes)": len(written),
         "checkpoint: both parsed": parse,
-        "stream state: every lane checked, as each rank does": timed(lambda: all(map(is_lane_state, lanes.values())))[
-            0
-        ],
+        "lanes: every state checked, as each rank does": timed(lambda: all(map(is_lane_state, lanes.values())))[0],
     }
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.planner.search import Candidate, choose
+from launch.planner.found import Candidate
+from launch.planner.search import choose
 from trainer.build import part_problems
 from trainer.commands import run_command
 from trainer.composition import compose
@@ -23,7 +24,7 @@ from trainer.config import Config, to_config
 from trainer.errors import ConfigError
 from trainer.estimate import layout_of, load_cluster
 
-GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+GPUS = (8, 32, 128, 512, 2048, 8192, 16_384)
 LANGUAGE = ("task=causal_lm", "data=hub", "data.path=x", "tokenizer.vocab_size=128256", "name=x", "steps=1")
 MODELS = {
     "3B encoder-decoder": ("experiment=encoder_decoder_3b_zero3_offload", "engine=zero3"),
@@ -71,7 +72,7 @@ def main(options: Options) -> None:
                     found[name][how][gpus] = best
         for how, points in found[name].items():
             print(f"\n{name}, {how} scaling on {options.cluster}\n")
-            print("| GPUs | settings | activations | at once | s a step | tokens/s | MFU | of ideal | GiB |")
+            print("| GPUs | settings | activations | at once | s a step | tokens/s | MFU | a GPU, of the first | GiB |")
             print("|---|---|---|---|---|---|---|---|---|")
             for gpus, one in points.items():
                 print(row(gpus, one, next(iter(points.items()))))
@@ -97,7 +98,7 @@ def plot(found: dict[str, dict[str, dict[int, Candidate]]], options: Options) ->
             axis.plot(list(points[how]), mfu, marker="o", label=name)
         batch = f"{options.positions:,} positions a step" if how == "strong" else f"{options.each:,} positions a GPU"
         axis.set(title=f"{how} scaling: {batch}", xscale="log", xlabel="GPUs", ylim=(0, 0.8))
-        axis.set_xticks(GPUS[::2], [f"{gpus:,}" for gpus in GPUS[::2]], rotation=45)
+        axis.set_xticks(GPUS, [f"{gpus:,}" for gpus in GPUS], rotation=45)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("predicted MFU")

@@ -59,6 +59,7 @@ def test_the_experiment_that_is_written_trains(tmp_path, run_trainer):
     path = tmp_path / "mine" / "experiment" / "small.yaml"
     words = ["experiment=quickstart", "steps=2", "batch.global_size=8", "tokenizer.vocab_size=400", "logging=[console]"]
     words += ["model.d_model=16", "model.d_ff=32", "model.num_heads=2", "schedule.warmup=1", "eval.final_split=none"]
+    words += ["task.max_source_length=400", "task.max_target_length=400", "log.every=1"]
     assert main([*words, "cluster=cpu_1x2", f"write={path}"]) == 0
     done = run_trainer(["--config-dir", str(tmp_path / "mine"), "experiment=small"], ranks=2).check()
     run = done.runs_dir / "small"

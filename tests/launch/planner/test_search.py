@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 
-from launch.planner.search import arrangement, choose, smallest_that_fits
+from launch.planner.found import arrangement
+from launch.planner.search import choose, smallest_that_fits
 from trainer.build import build, part_problems
 from trainer.composition import compose
 from trainer.config import config_to_dict, to_config
