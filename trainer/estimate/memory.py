@@ -85,10 +85,11 @@ def _states(local: Local, layout: Layout) -> list[Term]:
     whole = system.whole_gradients and layout.accumulation > 1 and n > 1
     gradient = 4.0 if whole else system.gradient
     away = layout.offload_optimizer != "none"
+    reduced = stage >= 2 or (stage == 1 and layout.precision == "fp32" and layout.accumulation == 1)
     rows = (
         ("parameters", system.held, n if stage == 3 else 1, layout.offload_parameters == "none"),
         ("masters", system.master, n if stage else 1, not away),
-        ("gradients", gradient, n if stage >= 2 and not whole else 1, not (away and stage >= 2)),
+        ("gradients", gradient, n if reduced and not whole else 1, not (away and stage >= 2)),
         ("optimizer states", system.moments, n if stage else 1, not away),
         ("average of the weights", 4.0 if layout.ema else 0.0, n if stage else 1, not away),
     )
@@ -105,63 +106,95 @@ def _states(local: Local, layout: Layout) -> list[Term]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """A moment of the step at which the peak may be, by what is there besides states; and how that was computed."""
+
+    activations: float
+    layer: float = 0.0
+    logits: float = 0.0
+    arriving: tuple[float, str] = (0.0, "none")
+    buffers: tuple[float, str] = (0.0, "none")
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.layer + self.logits + self.arriving[0] + self.buffers[0]
+
+
 def _passing(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[Term]:
-    """What comes and goes within a step."""
-    system = layout.system
+    """What comes and goes within a step, at the moment when that is most."""
     gathered, gathered_formula = _gathered(layout, local)
-    arriving, arriving_formula = _arriving(layout, local)
-    stored = _stored(shape, layout)
+    find = _own_moments if layout.system.name == "ours" else _moments
+    moments = find(shape, layout, local, cluster)
+    peak = max(moments, key=lambda moment: moment.total)
+    _, logits_formula = logit_bytes(shape, layout, cluster.generation == "cpu")
+    later = "0: the peak is elsewhere in the step"
+    elements = {"parameters of the rank": local.parameters, "of a layer": local.layer}
+    inputs = {"positions": layout.micro_size * (layout.source_length + layout.target_length)}
+    kept = f"layers x bytes that a layer keeps (recompute={layout.recompute}), embeddings"
+    sizes = {"elements of a bucket": layout.system.bucket_elements, "bytes": layout.system.arriving}
+    rows: tuple[tuple[str, float, str, dict[str, float]], ...] = (
+        ("gathered parameters", gathered, gathered_formula, {"bytes": layout.system.working, **elements}),
+        ("buffers of collectives", *peak.buffers, sizes),
+        ("arriving gradients", *peak.arriving, {"bytes": layout.system.arriving, **elements}),
+        (
+            "activations",
+            peak.activations,
+            kept,
+            {**inputs, "layers": float(shape.layers), "d_model": float(shape.d_model)},
+        ),
+        (
+            "activations of a layer",
+            peak.layer,
+            "one layer computed again, and its gradients" if peak.layer else later,
+            inputs,
+        ),
+        (
+            "logits",
+            peak.logits,
+            logits_formula if peak.logits else later,
+            {**inputs, "vocabulary": float(shape.vocab_size), "d_model": float(shape.d_model)},
+        ),
+    )
+    return [Term(name, "device", value, formula, given) for name, value, formula, given in rows]
+
+
+def _moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[_Moment]:
+    """The loss, and the backward pass of the layer that needs most."""
+    arriving, stored = _arriving(layout, local), _stored(shape, layout)
     working = activations.working_bytes(shape, layout) if shape.other is None else 0.0
-    logits, logits_formula = logit_bytes(shape, layout, cluster.generation == "cpu")
+    logits, _ = logit_bytes(shape, layout, cluster.generation == "cpu")
     if layout.pipeline > 1:  # the last stage has the logits, and the first the most micro-batches
         spare = stored * (1 - 1 / min(layout.pipeline, max(1.0, layout.accumulation)))
         logits = max(0.0, logits - spare)
-    at_head = logits >= working + arriving
-    later = "0: the peak is elsewhere in the step"
-    inputs = {"positions": layout.micro_size * (layout.source_length + layout.target_length)}
+    kept = 0.0 if layout.offload_activations == "cpu" else stored
+    buffers = _buffers(layout, local, cluster), "2 buckets of gradients" if layout.zero_stage >= 2 else "none"
+    return [_Moment(kept, 0.0, logits, buffers=buffers), _Moment(kept, working, 0.0, arriving, buffers)]
+
+
+def _own_moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[_Moment]:
+    """Of our engines: the loss; the backward passes of the head and of the last layer; and the end of the first layer's.
+
+    `launch.planner.count` sees them in DeepSpeed itself: ZeRO-2's bucket comes with the first gradient, ZeRO-3's stays;
+    ZeRO-1 in bf16 reduces at the end, by a flat copy of the fp32 sums and one in bf16.
+    """
+    system, stage, stored = layout.system, layout.zero_stage, _stored(shape, layout)
+    width = 4.0 if layout.precision == "fp32" else 2.0
+    kept = 0.0 if layout.offload_activations == "cpu" else stored
+    logits, _ = logit_bytes(shape, layout, cluster.generation == "cpu")
+    again = activations.again_bytes(shape, layout) if shape.other is None else 0.0
+    outside = activations.embedded_bytes(shape, layout) if shape.other is None else 0.0
+    flat = stage == 1 and layout.precision != "fp32"
+    bucket = (0.0, "none") if not stage or flat else (_buffers(layout, local, cluster), "elements of a bucket x bytes")
+    first = system.arriving * shape.embedding, "bytes x parameters of the head"
+    last = (system.arriving * local.parameters, "bytes x parameters of the rank") if not stage or flat else first
+    reducing = 6.0 * min(local.parameters, system.bucket_elements), "(4 + 2) x min(parameters, elements of a bucket)"
     return [
-        Term(
-            "gathered parameters",
-            "device",
-            gathered,
-            gathered_formula,
-            {"bytes": system.working, "parameters of the rank": local.parameters, "of a layer": local.layer},
-        ),
-        Term(
-            "buffers of collectives",
-            "device",
-            _buffers(layout, cluster),
-            "2 buckets of gradients" if layout.zero_stage >= 2 else "none",
-            {"elements of a bucket": system.bucket_elements, "bytes": system.arriving},
-        ),
-        Term(
-            "arriving gradients",
-            "device",
-            0.0 if at_head else arriving,
-            later if at_head else arriving_formula,
-            {"bytes": system.arriving, "parameters of the rank": local.parameters, "of a layer": local.layer},
-        ),
-        Term(
-            "activations",
-            "device",
-            0.0 if layout.offload_activations == "cpu" else stored,
-            f"layers x bytes that a layer keeps (recompute={layout.recompute}), embeddings",
-            {**inputs, "layers": float(shape.layers), "d_model": float(shape.d_model)},
-        ),
-        Term(
-            "activations of a layer",
-            "device",
-            0.0 if at_head else working,
-            later if at_head else "one layer computed again, and its gradients",
-            inputs,
-        ),
-        Term(
-            "logits",
-            "device",
-            logits if at_head else 0.0,
-            logits_formula if at_head else later,
-            {**inputs, "vocabulary": float(shape.vocab_size), "d_model": float(shape.d_model)},
-        ),
+        _Moment(kept, 0.0, logits, buffers=bucket if stage == 3 else (0.0, "none: they come later")),
+        _Moment(kept + width * _head_positions(shape, layout) * shape.d_model, 0.0, 0.0, first, bucket),
+        _Moment(kept, again, 0.0, first if not stage or flat else (0.0, "none: in the bucket"), bucket),
+        _Moment(outside, again, 0.0, last, bucket),
+        *([_Moment(outside, 0.0, 0.0, last, reducing)] if flat else []),
     ]
 
 
@@ -199,12 +232,22 @@ def _arriving(layout: Layout, local: Local) -> tuple[float, str]:
     return system.arriving * 2 * local.layer, "bytes x 2 layers"
 
 
-def _buffers(layout: Layout, cluster: Cluster) -> float:
-    """DeepSpeed's buckets; on a CPU there is one, and pages of it that are not used take no memory."""
+def _buffers(layout: Layout, local: Local, cluster: Cluster) -> float:
+    """DeepSpeed's buckets of gradients: one, for collectives that overlap nothing. On a CPU, pages of it that are not
+    used take no memory."""
     system = layout.system
-    if layout.zero_stage < 2 or not system.bucket_elements:
+    if not layout.zero_stage or not system.bucket_elements:
         return 0.0
-    return system.bucket_elements * system.arriving * (1 if cluster.generation == "cpu" else 2)
+    elements = system.bucket_elements
+    if cluster.generation == "cpu":
+        elements = min(elements, local.parameters)
+    return elements * system.arriving
+
+
+def _head_positions(shape: Shape, layout: Layout) -> float:
+    """Of a micro-batch, on one rank, those that the output head reads."""
+    length = layout.target_length or layout.source_length
+    return 0.0 if shape.other is not None else layout.micro_size * length / (layout.sequence * layout.context)
 
 
 def logit_bytes(shape: Shape, layout: Layout, on_cpu: bool) -> tuple[float, str]:
