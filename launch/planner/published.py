@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.estimate import Cluster, Layout, Shape, System, load_cluster
+from trainer.estimate.cluster import Cluster, load_cluster
+from trainer.estimate.layout import Layout, System
+from trainer.estimate.shape import Shape
 
 FILE = Path(__file__).with_name("published.csv")
 

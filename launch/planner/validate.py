@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+from launch.planner import states
 from launch.planner.published import Row, rows
 from trainer.estimate.fitted import FITTED, Fitted
 from trainer.estimate.predict import predict
@@ -130,7 +131,7 @@ def plot(compared: Sequence[Compared], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.5))
-    panels = (
+    panels: tuple[tuple[str, Callable[[Row], bool]], ...] = (
         ("memory of a device, GiB", lambda row: row.unit == "GiB"),
         ("throughput, relative to published", is_time),
     )
@@ -235,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         note = "Error: predicted / published - 1 of memory and throughput; of seconds, published / predicted - 1."
         text = f"{head} {note}\n\n![predicted and published](planner_errors.png)\n\n```\n{summary(compared)}\n```\n\n"
-        (DOCS / "planner_errors.md").write_text(text + table(compared), encoding="utf-8")
+        (DOCS / "planner_errors.md").write_text(text + table(compared) + states.table(), encoding="utf-8")
         plot(compared, DOCS / "planner_errors.png")
     return 1 if wrongly_placed(compared) else 0
 

@@ -8,7 +8,7 @@ from trainer.estimate.activations import stacks
 from trainer.estimate.cluster import Cluster
 from trainer.estimate.fitted import Fitted
 from trainer.estimate.layout import Layout
-from trainer.estimate.memory import Local
+from trainer.estimate.local import Local
 from trainer.estimate.shape import Shape
 
 
@@ -101,10 +101,16 @@ def _sharded(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> 
         )  # fmt: skip
 
     if stage == 0:
-        add("gradients", 1, system.sent_gradient, layers, all_reduce=True)
+        add("gradients", 1, shape.trained * system.sent_gradient, layers, all_reduce=True)
     else:
         reductions = m if stage >= 2 and system.reduces_every_micro_batch else 1
-        add("gradients", reductions, system.sent_gradient, layers, all_reduce=system.all_reduces_gradients)
+        add(
+            "gradients",
+            reductions,
+            shape.trained * system.sent_gradient,
+            layers,
+            all_reduce=system.all_reduces_gradients,
+        )
         stays = stage == 3 and system.live_elements > 0 and size <= system.live_elements
         gathers = 1 if stage < 3 else m if stays else 2 * m
         add("parameters", gathers, system.working, layers)

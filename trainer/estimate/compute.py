@@ -112,7 +112,7 @@ def computing(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) ->
         product, last = products_seconds(shape, layout, stack, rates)
         forward, backward = attention_seconds(shape, layout, stack, rates)
         over = passes_seconds(shape, layout, stack, rates)
-        products += stack.layers * 3 * product
+        products += stack.layers * (2 + shape.trained) * product
         attention += stack.layers * (forward + backward)
         passes += stack.layers * 3 * over
         again += stack.layers * _again(layout, product, last, forward, over)

@@ -8,6 +8,7 @@ from trainer.estimate import activations
 from trainer.estimate.cluster import Cluster
 from trainer.estimate.fitted import FITTED, Fitted
 from trainer.estimate.layout import Layout
+from trainer.estimate.local import Local
 from trainer.estimate.shape import Shape
 from trainer.estimate.terms import Term
 
@@ -26,37 +27,11 @@ CPU_PROCESS_BYTES = 0.45e9
 """The same with the CPU build of torch, DeepSpeed and datasets."""
 
 
-@dataclass(frozen=True, slots=True)
-class Local:
-    """Parameters of one rank's part of the model before ZeRO: matrices by tensor and pipeline ranks, of the stage with
-    most. tables: token tables and head."""
-
-    parameters: float
-    tables: float
-    layer: float
-
-    @classmethod
-    def of(cls, shape: Shape, layout: Layout) -> Local:
-        """By how `trainer.parallel.tensor` splits, or with the vocabulary split too."""
-        if shape.other is not None:
-            return cls(shape.parameters, 0.0, shape.other.largest_layer)
-        tables = (
-            shape.embedding
-            * (1 if shape.tied else 2)
-            / (1 if layout.system.splits_vocabulary == "none" else layout.tensor)
-        )
-        vectors = shape.parameters - shape.matrices - shape.embedding * (1 if shape.tied else 2)
-        inside = shape.matrices / layout.tensor + vectors
-        if layout.pipeline > 1:
-            inside, tables = inside / layout.pipeline, tables if shape.tied else tables / 2
-        return cls(inside + tables, tables, shape.largest_layer / layout.tensor)
-
-
 def device_terms(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted = FITTED) -> list[Term]:
     """What is on the device at the peak. Sources: ZeRO (Rajbhandari et al. 2020, sections 3.1 and 5), Korthikanti et
     al. 2022 (section 4), and the code of our engines (docs/sharding.md)."""
     local = Local.of(shape, layout)
-    states = _states(local, layout)
+    states = _states(local, layout, shape.trained)
     passing = _passing(shape, layout, local, cluster)
     moving = sum(term.value for term in passing)
     on_cpu = cluster.generation == "cpu"
@@ -79,7 +54,7 @@ def device_terms(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted 
     return [*states, *passing, *losses]
 
 
-def _states(local: Local, layout: Layout) -> list[Term]:
+def _states(local: Local, layout: Layout, trained: float) -> list[Term]:
     """Parameters, masters, gradients and optimizer states between two micro-batches."""
     system, stage, n = layout.system, layout.zero_stage, layout.zero_ranks
     whole = system.whole_gradients and layout.accumulation > 1 and n > 1
@@ -88,10 +63,10 @@ def _states(local: Local, layout: Layout) -> list[Term]:
     reduced = stage >= 2 or (stage == 1 and layout.precision == "fp32" and layout.accumulation == 1)
     rows = (
         ("parameters", system.held, n if stage == 3 else 1, layout.offload_parameters == "none"),
-        ("masters", system.master, n if stage else 1, not away),
-        ("gradients", gradient, n if reduced and not whole else 1, not (away and stage >= 2)),
-        ("optimizer states", system.moments, n if stage else 1, not away),
-        ("average of the weights", 4.0 if layout.ema else 0.0, n if stage else 1, not away),
+        ("masters", trained * system.master, n if stage else 1, not away),
+        ("gradients", trained * gradient, n if reduced and not whole else 1, not (away and stage >= 2)),
+        ("optimizer states", trained * system.moments, n if stage else 1, not away),
+        ("average of the weights", trained * 4.0 if layout.ema else 0.0, n if stage else 1, not away),
     )
     return [
         Term(
@@ -162,6 +137,7 @@ def _passing(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> li
 def _moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[_Moment]:
     """The loss, and the backward pass of the layer that needs most."""
     arriving, stored = _arriving(layout, local), _stored(shape, layout)
+    arriving = arriving[0] * shape.trained, arriving[1]
     working = activations.working_bytes(shape, layout) if shape.other is None else 0.0
     logits, _ = logit_bytes(shape, layout, cluster.generation == "cpu")
     if layout.pipeline > 1:  # the last stage has the logits, and the first the most micro-batches
@@ -173,7 +149,7 @@ def _moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> li
 
 
 def _own_moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[_Moment]:
-    """Of our engines: the loss; the backward passes of the head and of the last layer; and the end of the first layer's.
+    """Of our engines: the loss; the backward passes of the head and the last layer; the end of the first layer's.
 
     `launch.planner.count` sees them in DeepSpeed itself: ZeRO-2's bucket comes with the first gradient, ZeRO-3's stays;
     ZeRO-1 in bf16 reduces at the end, by a flat copy of the fp32 sums and one in bf16.
@@ -186,9 +162,13 @@ def _own_moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -
     outside = activations.embedded_bytes(shape, layout) if shape.other is None else 0.0
     flat = stage == 1 and layout.precision != "fp32"
     bucket = (0.0, "none") if not stage or flat else (_buffers(layout, local, cluster), "elements of a bucket x bytes")
-    first = system.arriving * shape.embedding, "bytes x parameters of the head"
-    last = (system.arriving * local.parameters, "bytes x parameters of the rank") if not stage or flat else first
-    reducing = 6.0 * min(local.parameters, system.bucket_elements), "(4 + 2) x min(parameters, elements of a bucket)"
+    each = system.arriving * shape.trained
+    first = each * shape.embedding, "bytes x parameters of the head"
+    last = (each * local.parameters, "bytes x parameters of the rank") if not stage or flat else first
+    reducing = (
+        6.0 * min(shape.trained * local.parameters, system.bucket_elements),
+        "(4 + 2) x min(parameters, elements of a bucket)",
+    )
     return [
         _Moment(kept, 0.0, logits, buffers=bucket if stage == 3 else (0.0, "none: they come later")),
         _Moment(kept + width * _head_positions(shape, layout) * shape.d_model, 0.0, 0.0, first, bucket),
@@ -275,7 +255,7 @@ def host_terms(shape: Shape, layout: Layout, cluster: Cluster) -> list[Term]:
     """What one rank has in its host's memory (ZeRO-Offload, Ren et al. 2021, section 4; ours: docs/sharding.md)."""
     local = Local.of(shape, layout)
     system, n = layout.system, layout.zero_ranks
-    states = system.master + system.moments + 4.0
+    states = shape.trained * (system.master + system.moments + 4.0)
     own = local.parameters / (n if layout.zero_stage else 1)
     on_cpu = cluster.generation == "cpu"
     rows: list[tuple[str, float, str, dict[str, float]]] = []
@@ -293,6 +273,6 @@ def host_terms(shape: Shape, layout: Layout, cluster: Cluster) -> list[Term]:
     if layout.offload_activations == "cpu" and not on_cpu:
         rows.append(("offloaded activations", _stored(shape, layout), "what would be on the device", {}))
     if layout.offload_optimizer == "none" and not on_cpu:
-        saved = (system.master or system.held) + system.moments
+        saved = shape.trained * ((system.master or system.held) + system.moments)
         rows.append(("snapshot of a checkpoint", saved * own, "(masters + states) x shard", {"shard": own}))
     return [Term(name, "host", value, formula, inputs) for name, value, formula, inputs in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,8 @@ def _other(config: Config) -> Shape:
 
     with torch.device("meta"):
         model: Any = build(config.model, "model")
+    if hasattr(model, "theirs"):
+        return _of_transformers(model)
     lengths = dict(zip(("source_length", "target_length"), sequence_lengths(config), strict=True))
     taken = {name: length for name, length in lengths.items() if length}
     try:
@@ -178,6 +181,48 @@ def _other(config: Config) -> Shape:
     activations = _recurrent_numbers(model, **lengths) if hasattr(model, "readout") else _module_numbers(model, config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Shape(other=Other(parameters, flops, activations, max(sizes)))
+
+
+def _of_transformers(model: Any) -> Shape:
+    """A model of transformers, by the names that its configuration has for these numbers; parameters that they do not
+    explain are `extra`."""
+    theirs, names = model.theirs.config.get_text_config(), [name for name, _ in model.theirs.named_parameters()]
+
+    def named(*known: str, default: Any = None) -> Any:
+        return next((getattr(theirs, name) for name in known if getattr(theirs, name, None)), default)
+
+    d_model = named("hidden_size", "d_model", "n_embd", default=0)
+    layers = named("num_hidden_layers", "num_layers", "n_layer", default=0)
+    seq2seq, causal = model.kind in ("seq2seq", "speech_seq2seq"), model.kind == "causal_lm"
+    speaks = seq2seq or model.kind in ("causal_lm", "masked_lm")
+    encoder, decoder = (0, layers) if causal else (layers, 0)
+    if seq2seq:
+        encoder = named("encoder_layers", "num_layers", default=layers)
+        decoder = named("decoder_layers", "num_decoder_layers", default=layers)
+    head = model.theirs.get_output_embeddings() if speaks else None
+    shape = Shape(
+        d_model=d_model,
+        num_heads=named("num_attention_heads", "encoder_attention_heads", "num_heads", "n_head", default=1),
+        num_kv_heads=named("num_key_value_heads"),
+        head_dim=named("head_dim", "d_kv"),
+        d_ff=named("intermediate_size", "encoder_ffn_dim", "d_ff", "n_inner", default=4 * d_model),
+        encoder_layers=encoder,
+        decoder_layers=decoder,
+        vocab_size=named("vocab_size", default=0) if speaks else 0,
+        gated=any("gate_proj" in name or "wi_1" in name or "gate_up" in name for name in names),
+        tied=head is not None and head.weight is model.theirs.get_input_embeddings().weight,
+        bias=any(name.endswith(".bias") for name in names),
+        norms=2 if any("norm" in name.lower() and name.endswith(".bias") for name in names) else 1,
+        rotary=named("rope_theta", "rope_parameters") is not None,
+        relative=named("relative_attention_num_buckets") is not None,
+        source_divisor=STRIDE if model.kind == "speech_seq2seq" else 1,
+        dropout=float(named("dropout", "dropout_rate", "hidden_dropout_prob", "resid_pdrop", default=0.0)),
+        attention_dropout=float(named("attention_dropout", "attention_probs_dropout_prob", default=0.0)),
+        classifies=not speaks,
+    )
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    parameters, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    return replace(shape, extra=parameters - shape.parameters, trained=trained / max(1, parameters))
 
 
 def _recurrent_numbers(model: Any, source_length: int, target_length: int) -> float:

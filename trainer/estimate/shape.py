@@ -55,6 +55,8 @@ class Shape:
     attention_dropout: float = 0.0
     classifies: bool = False
     """Whether one vector a sample goes into the head instead of every position."""
+    trained: float = 1.0
+    """Part of the parameters that is trained; adapters leave the others as they are."""
     other: Other | None = None
 
     @property

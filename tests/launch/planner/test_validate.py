@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 
-from launch.planner import validate
+from launch.planner import states, validate
 from launch.planner.published import rows
 from trainer.estimate.fitted import FITTED, MEMORY_ERROR, TIME_ERROR
 
@@ -62,3 +62,14 @@ def test_the_command_tells_errors_and_writes_tables_and_plot(capsys, tmp_path, m
     written = (tmp_path / "planner_errors.md").read_text()
     assert "Narayanan et al. 2021" in written and "out of memory" in written
     assert (tmp_path / "planner_errors.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_states_are_those_of_the_zero_paper():
+    """Rajbhandari et al. 2020, tables 1 and 2, but for what they round."""
+    for what, published, predicted in states.compared():
+        assert predicted == pytest.approx(published, rel=0.03, abs=0.01), what
+
+
+def test_what_an_estimator_of_states_misses_is_there():
+    low, high = (mib / 1024 for mib in states.MEASURED_LLAMA)
+    assert 0.6 * low < states.llama_with_offload(512) < states.llama_with_offload(2048) < 2 * high
