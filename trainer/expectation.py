@@ -18,7 +18,7 @@ from trainer.host import memory_limit
 from trainer.wording import amount
 
 if TYPE_CHECKING:
-    from trainer.config import Config
+    from trainer.config import BatchConfig, Config
     from trainer.estimate.cluster import Cluster
     from trainer.estimate.terms import Prediction
 
@@ -92,6 +92,8 @@ def _devices(ranks: int) -> tuple[Cluster, bool]:
 
 def _predicted(config: Config, ranks: int, cluster: Cluster) -> Prediction | None:
     layout = layout_of(config, ranks)
+    if not config.model["_target_"].startswith("trainer."):
+        return None  # of other people's models nothing is known, and trying them out may do anything
     if not layout.source_length + layout.target_length:
         return None
     shape = shape_of(config)
@@ -127,19 +129,22 @@ def _changes(config: Config, ranks: int) -> Iterator[tuple[str, Config]]:
         engine = replace(config.engine, kind=zero, stage=stage)
         yield from _possible(f"engine=zero{stage}", replace(config, engine=engine), ranks)
         engine = replace(engine, recompute=recomputing.full)
-        smallest = {"micro_tokens": config.batch.micro_tokens} if config.batch.micro_tokens else {"micro_size": 1}
-        together = replace(config, engine=engine, batch=replace(config.batch, **smallest))
+        smallest = config.batch if config.batch.micro_tokens else replace(config.batch, micro_size=1)
+        together = replace(config, engine=engine, batch=smallest)
         said = "" if config.batch.micro_tokens else " batch.micro_size=1"
         yield from _possible(f"engine=zero{stage} engine.recompute=full{said}", together, ranks)
 
 
-def _smaller_batches(config: Config) -> Iterator[tuple[str, object]]:
+def _smaller_batches(config: Config) -> Iterator[tuple[str, BatchConfig]]:
     batch = config.batch
     size = batch.micro_tokens or batch.micro_size or batch.global_size
     key = "micro_tokens" if batch.micro_tokens else "micro_size"
     while size > 1:
         size //= 2
-        yield f"batch.{key}={size}", replace(batch, **{key: size})
+        yield (
+            f"batch.{key}={size}",
+            replace(batch, micro_tokens=size) if batch.micro_tokens else replace(batch, micro_size=size),
+        )
 
 
 def _possible(words: str, config: Config, ranks: int) -> Iterator[tuple[str, Config]]:

@@ -51,7 +51,7 @@ def run(config: Config, overrides: Sequence[str]) -> int:
     privacy.check_budget(config)
     if config.dry_run:
         expected = expect(config, distributed.launched_ranks())
-        print(dry_run(config, expected and expected.told))
+        print(dry_run(config, None if expected is None else expected.told))
         return 0
     allow_many_files()
     keep_freed_memory()
@@ -124,7 +124,7 @@ def assemble(
     blank = blank_of(task.collate([corpus.first_sample()]))
 
     ds_config = make_ds_config(plan)
-    planned = plan.to_dict() | {"predicted_memory_bytes": expected and round(expected.memory_bytes)}
+    planned = plan.to_dict() | {"predicted_memory_bytes": None if expected is None else round(expected.memory_bytes)}
     distributed.on_rank_zero(lambda: directory.claim(config, overrides, planned, ds_config, tokenizer))
     log_to(directory.log(distributed.rank()))
     engine = make_engine(config, plan, build_model, layout)
@@ -142,7 +142,7 @@ def assemble(
 
     sinks = SafeSinks([])
     if distributed.rank() == 0:
-        told = expected and expected.told
+        told = None if expected is None else expected.told
         print(summarise(config, plan, count_parameters(twin), schedule, directory, state, told), flush=True)
         sinks = SafeSinks([JsonLinesSink(), *(build(part, f"logging.{name}") for name, part in config.logging.items())])
         facts = config_to_dict(config), planned

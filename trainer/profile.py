@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +45,7 @@ class _Recording:
         self._folder, self._rank = folder, rank
         self._begun = 0
         """Steps of this start that have begun."""
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}
         self._section: tuple[str, float] | None = None
         self._range: record_function | None = None
         self._profiler: profile | None = None
@@ -66,7 +65,7 @@ class _Recording:
         if self._profiler is not None:
             self._section = name, now
             self._range = record_function(f"section: {name}")
-            self._range.__enter__()
+            self._range.__enter__()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """The run is over, perhaps before all steps were recorded."""
@@ -89,7 +88,7 @@ class _Recording:
     def _end_section(self, now: float) -> None:
         assert self._section is not None and self._range is not None, "a section runs while the profiler does"
         name, since = self._section
-        self._seconds[name] += now - since
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - since
         self._range.__exit__(None, None, None)
 
     def _write(self, steps: int) -> None:
@@ -104,7 +103,8 @@ class _Recording:
         path = self._folder / f"sections_rank_{self._rank:05d}.json"
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         if torch.cuda.is_available():
-            torch.cuda.memory._dump_snapshot(str(self._folder / f"memory_rank_{self._rank:05d}.pickle"))
+            snapshot = str(self._folder / f"memory_rank_{self._rank:05d}.pickle")
+            torch.cuda.memory._dump_snapshot(snapshot)  # type: ignore[no-untyped-call]
             torch.cuda.memory._record_memory_history(enabled=None)
         if self._rank == 0:
             print(table(rows), f"trace in {self._folder}", sep="\n", flush=True)

@@ -105,11 +105,21 @@ class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(tensor, Tensor):
                     self._places[tensor.untyped_storage()._cdata] = len(self._kept)
             self._kept.append(tree_map_only(Tensor, Tensor.detach, made))
-        elif operation._schema.is_mutable and isinstance(arguments[0], Tensor):
-            place = self._places.pop(arguments[0].untyped_storage()._cdata, None)
-            if place is not None:
-                self._kept[place] = None
+        elif operation._schema.is_mutable:
+            for tensor in _changed(operation, arguments, options or {}):
+                place = self._places.pop(tensor.untyped_storage()._cdata, None)
+                if place is not None:
+                    self._kept[place] = None
         return made
+
+
+def _changed(operation: Any, arguments: Any, options: Any) -> list[Tensor]:
+    """What `operation` writes into; of `torch.mul(x, y, out=z)` that is z, not x."""
+    written = {
+        at: one for at, one in enumerate(operation._schema.arguments) if one.alias_info and one.alias_info.is_write
+    }
+    given = [arguments[at] if at < len(arguments) else options.get(one.name) for at, one in written.items()]
+    return [tensor for tensor in tree_leaves(given) if isinstance(tensor, Tensor)]
 
 
 class _Recalling(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -139,6 +139,18 @@ def working_bytes(shape: Shape, layout: Layout) -> float:
     return again + 0.5 * largest + bias_bytes(shape, layout)
 
 
+def again_bytes(shape: Shape, layout: Layout) -> float:
+    """Of the layer that the backward pass computes again: what it keeps, but for what was kept already."""
+    if layout.recompute == "none":
+        return bias_bytes(shape, layout) / 2
+    mode = layout.system.selective if layout.recompute == "selective" else "full"
+    largest = max(
+        (kept_bytes(shape, layout, s, "none") - kept_bytes(shape, layout, s, mode) for s in stacks(shape, layout)),
+        default=0.0,
+    )
+    return largest + bias_bytes(shape, layout)
+
+
 def embedded_bytes(shape: Shape, layout: Layout) -> float:
     """Outside the layers: embedded sequences, final norms, and the hidden states that the head reads."""
     width = 4.0 if layout.precision == "fp32" else 2.0

@@ -137,12 +137,14 @@ def _tensor(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> l
         again = (0.5 if layout.system.early_stop else 1.0) / layout.recompute_every
     size = calls = 0.0
     for stack in stacks(shape, layout):
-        number = stack.layers / layout.pipeline * (3 if stack.memory else 2) * (2 + again)
+        own = stack.layers / layout.pipeline
+        number = own * (3 if stack.memory else 2) * (2 + again)
         size += number * stack.positions * shape.d_model * width
-        calls += number
-        if layout.system.gate_apart:
+        if layout.system.gate_apart:  # each projection sums its input's gradient: the gate's, keys' and values' too
             more = stack.positions * shape.gated + stack.memory_positions
-            size += stack.layers / layout.pipeline * more * shape.d_model * width
+            size += own * more * shape.d_model * width
+            number += own * (shape.gated + (stack.memory > 0))
+        calls += number
     size, calls = size * layout.accumulation, calls * layout.accumulation
     sent = 2 * size * (group.ranks - 1) / group.ranks
     inputs = {"sub-layers": calls, "bytes": size, "n": float(group.ranks), "bandwidth": group.bandwidth}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from trainer.estimate import activations
 from trainer.estimate.cluster import Cluster
 from trainer.estimate.fitted import FITTED, Fitted
@@ -17,9 +19,6 @@ BLOCK_ELEMENTS = 2**27
 LOGIT_BYTES = {"kernel": 4.0, "compiled": 8.0, "eager": 14.0}
 """Of a logit that exists as a whole, in bf16: the logit and its gradient, each 2; without a kernel fp32 of 4 for the
 gradient, and without a compiler also for the copy and for the log of the softmax (later its gradient)."""
-
-PREFETCHED = 5e7
-"""Elements that DeepSpeed's ZeRO-3 gathers into a buffer at once, before it copies them into parameters."""
 
 HOST_PROCESS_BYTES = 3e9
 """Of a Python process with torch and its libraries on a GPU machine."""
@@ -61,10 +60,11 @@ def _states(local: Local, layout: Layout, trained: float) -> list[Term]:
     whole = system.whole_gradients and layout.accumulation > 1 and n > 1
     gradient = 4.0 if whole else system.gradient
     away = layout.offload_optimizer != "none"
+    reduced = stage >= 2 or (stage == 1 and layout.precision == "fp32" and layout.accumulation == 1)
     rows = (
         ("parameters", system.held, n if stage == 3 else 1, layout.offload_parameters == "none"),
         ("masters", trained * system.master, n if stage else 1, not away),
-        ("gradients", trained * gradient, n if stage >= 2 and not whole else 1, not (away and stage >= 2)),
+        ("gradients", trained * gradient, n if reduced and not whole else 1, not (away and stage >= 2)),
         ("optimizer states", trained * system.moments, n if stage else 1, not away),
         ("average of the weights", trained * 4.0 if layout.ema else 0.0, n if stage else 1, not away),
     )
@@ -81,40 +81,101 @@ def _states(local: Local, layout: Layout, trained: float) -> list[Term]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """A moment of the step at which the peak may be, by what is there besides states; and how that was computed."""
+
+    activations: float
+    layer: float = 0.0
+    logits: float = 0.0
+    arriving: tuple[float, str] = (0.0, "none")
+    buffers: tuple[float, str] = (0.0, "none")
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.layer + self.logits + self.arriving[0] + self.buffers[0]
+
+
 def _passing(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[Term]:
-    """What comes and goes within a step: at the head's loss, when the backward pass begins or ends, or when ZeRO-1
-    sends gradients, whichever is most."""
-    system, stage = layout.system, layout.zero_stage
+    """What comes and goes within a step, at the moment when that is most."""
     gathered, gathered_formula = _gathered(layout, local)
-    first, last, formula = _arriving(layout, local)
-    stored = 0.0 if layout.offload_activations == "cpu" else _stored(shape, layout)
+    find = _own_moments if layout.system.name == "ours" else _moments
+    moments = find(shape, layout, local, cluster)
+    peak = max(moments, key=lambda moment: moment.total)
+    _, logits_formula = logit_bytes(shape, layout, cluster.generation == "cpu")
+    later = "0: the peak is elsewhere in the step"
+    elements = {"parameters of the rank": local.parameters, "of a layer": local.layer}
+    inputs = {"positions": layout.micro_size * (layout.source_length + layout.target_length)}
+    kept = f"layers x bytes that a layer keeps (recompute={layout.recompute}), embeddings"
+    sizes = {"elements of a bucket": layout.system.bucket_elements, "bytes": layout.system.arriving}
+    rows: tuple[tuple[str, float, str, dict[str, float]], ...] = (
+        ("gathered parameters", gathered, gathered_formula, {"bytes": layout.system.working, **elements}),
+        ("buffers of collectives", *peak.buffers, sizes),
+        ("arriving gradients", *peak.arriving, {"bytes": layout.system.arriving, **elements}),
+        (
+            "activations",
+            peak.activations,
+            kept,
+            {**inputs, "layers": float(shape.layers), "d_model": float(shape.d_model)},
+        ),
+        (
+            "activations of a layer",
+            peak.layer,
+            "one layer computed again, and its gradients" if peak.layer else later,
+            inputs,
+        ),
+        (
+            "logits",
+            peak.logits,
+            logits_formula if peak.logits else later,
+            {**inputs, "vocabulary": float(shape.vocab_size), "d_model": float(shape.d_model)},
+        ),
+    )
+    return [Term(name, "device", value, formula, given) for name, value, formula, given in rows]
+
+
+def _moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[_Moment]:
+    """The loss, and the backward pass of the layer that needs most."""
+    arriving, stored = _arriving(layout, local), _stored(shape, layout)
+    arriving = arriving[0] * shape.trained, arriving[1]
     working = activations.working_bytes(shape, layout) if shape.other is None else 0.0
-    logits, logits_formula = logit_bytes(shape, layout, cluster.generation == "cpu")
+    logits, _ = logit_bytes(shape, layout, cluster.generation == "cpu")
     if layout.pipeline > 1:  # the last stage has the logits, and the first the most micro-batches
         spare = stored * (1 - 1 / min(layout.pipeline, max(1.0, layout.accumulation)))
         logits = max(0.0, logits - spare)
-    bucket, sent = _bucket(layout, local, cluster), _sent_at_once(layout, local)
-    # (activations, logits, a layer's, arriving gradients, buffers) of each moment
-    moments = [
-        (stored, logits, 0.0, 0.0, bucket if stage == 3 else 0.0),
-        (stored, 0.0, working, shape.trained * first, bucket),
-        (0.0, 0.0, working, shape.trained * last, bucket),
-        (0.0, 0.0, 0.0, 0.0, shape.trained * sent),
+    kept = 0.0 if layout.offload_activations == "cpu" else stored
+    buffers = _buffers(layout, local, cluster), "2 buckets of gradients" if layout.zero_stage >= 2 else "none"
+    return [_Moment(kept, 0.0, logits, buffers=buffers), _Moment(kept, working, 0.0, arriving, buffers)]
+
+
+def _own_moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[_Moment]:
+    """Of our engines: the loss; the backward passes of the head and the last layer; the end of the first layer's.
+
+    `launch.planner.count` sees them in DeepSpeed itself: ZeRO-2's bucket comes with the first gradient, ZeRO-3's stays;
+    ZeRO-1 in bf16 reduces at the end, by a flat copy of the fp32 sums and one in bf16.
+    """
+    system, stage, stored = layout.system, layout.zero_stage, _stored(shape, layout)
+    width = 4.0 if layout.precision == "fp32" else 2.0
+    kept = 0.0 if layout.offload_activations == "cpu" else stored
+    logits, _ = logit_bytes(shape, layout, cluster.generation == "cpu")
+    again = activations.again_bytes(shape, layout) if shape.other is None else 0.0
+    outside = activations.embedded_bytes(shape, layout) if shape.other is None else 0.0
+    flat = stage == 1 and layout.precision != "fp32"
+    bucket = (0.0, "none") if not stage or flat else (_buffers(layout, local, cluster), "elements of a bucket x bytes")
+    each = system.arriving * shape.trained
+    first = each * shape.embedding, "bytes x parameters of the head"
+    last = (each * local.parameters, "bytes x parameters of the rank") if not stage or flat else first
+    reducing = (
+        6.0 * min(shape.trained * local.parameters, system.bucket_elements),
+        "(4 + 2) x min(parameters, elements of a bucket)",
+    )
+    return [
+        _Moment(kept, 0.0, logits, buffers=bucket if stage == 3 else (0.0, "none: they come later")),
+        _Moment(kept + width * _head_positions(shape, layout) * shape.d_model, 0.0, 0.0, first, bucket),
+        _Moment(kept, again, 0.0, first if not stage or flat else (0.0, "none: in the bucket"), bucket),
+        _Moment(outside, again, 0.0, last, bucket),
+        *([_Moment(outside, 0.0, 0.0, last, reducing)] if flat else []),
     ]
-    kept, at_head, of_layer, arriving, buffers = max(moments, key=sum)
-    inputs = {"positions": layout.micro_size * (layout.source_length + layout.target_length)}
-    own = {"bytes": system.arriving, "parameters of the rank": local.parameters, "of a layer": local.layer}
-    outside = {"vocabulary": float(shape.vocab_size), "d_model": float(shape.d_model)}
-    rows = [
-        ("gathered parameters", gathered, gathered_formula, own),
-        ("buffers of collectives", buffers, "elements of the buckets x bytes", {"elements": system.bucket_elements}),
-        ("arriving gradients", arriving, formula, own),
-        ("activations", kept, f"layers x bytes that a layer keeps (recompute={layout.recompute}), embeddings", inputs),
-        ("activations of a layer", of_layer, "one layer computed again, and its gradients", inputs),
-        ("logits", at_head, logits_formula, {**inputs, **outside}),
-    ]
-    later = "0: there is none, or the peak is elsewhere in the step"
-    return [Term(name, "device", value, text if value else later, known) for name, value, text, known in rows]
 
 
 def _stored(shape: Shape, layout: Layout) -> float:
@@ -133,30 +194,29 @@ def _gathered(layout: Layout, local: Local) -> tuple[float, str]:
             return 0.0, "none: parameters are whole"
         return cast * (2 * local.layer + local.tables), "bytes x (2 layers + token tables)"
     if system.live_elements:
-        most = min(local.parameters, system.live_elements + local.layer) + min(local.parameters, PREFETCHED)
-        return system.working * most, "bytes x (min(parameters of the rank, 1e9 + a layer) + 5e7 being copied)"
+        most = min(local.parameters, system.live_elements + local.layer)
+        return system.working * most, "bytes x min(parameters of the rank, 1e9 + a layer)"
     return system.working * (2 * local.layer + local.tables), "bytes x (2 layers + token tables)"
 
 
-def _arriving(layout: Layout, local: Local) -> tuple[float, float, str]:
-    """Gradients as the backward pass makes them, until they are summed or sent: when it begins, when it ends."""
+def _arriving(layout: Layout, local: Local) -> tuple[float, str]:
+    """Gradients as the backward pass makes them, until they are summed or sent."""
     system, stage = layout.system, layout.zero_stage
-    head = system.arriving * local.tables / 2
     if stage == 0:
-        return head, system.arriving * local.parameters, "bytes x parameters of the rank that have got theirs"
+        return system.arriving * local.parameters, "bytes x parameters of the rank"
     if stage == 1:
-        return 0.0, 0.0, "none: they are held"
+        return 0.0, "none: they are held"
     if stage == 3 and not system.live_elements:
         each = system.arriving + 4.0
-        found = each * (local.layer + local.tables / 2)
-        return found, found, "(bytes + 4 on the wire) x (a layer + the head)"
-    return head, system.arriving * 2 * local.layer, "bytes x (the head, or 2 layers)"
+        return each * (local.layer + local.tables / 2), "(bytes + 4 on the wire) x (a layer + the head)"
+    return system.arriving * 2 * local.layer, "bytes x 2 layers"
 
 
-def _bucket(layout: Layout, local: Local, cluster: Cluster) -> float:
-    """DeepSpeed's buckets, two where they overlap with computation; on a CPU, unused pages take no memory."""
+def _buffers(layout: Layout, local: Local, cluster: Cluster) -> float:
+    """DeepSpeed's buckets of gradients: one, or two where they overlap with computation. On a CPU, pages that are not
+    used take no memory."""
     system = layout.system
-    if layout.zero_stage < 2 or not system.bucket_elements:
+    if not layout.zero_stage or not system.bucket_elements:
         return 0.0
     elements = system.bucket_elements
     if cluster.generation == "cpu":
@@ -164,11 +224,10 @@ def _bucket(layout: Layout, local: Local, cluster: Cluster) -> float:
     return elements * system.arriving * (2 if system.overlaps else 1)
 
 
-def _sent_at_once(layout: Layout, local: Local) -> float:
-    """DeepSpeed's ZeRO-1 in bf16 copies fp32 sums into a bucket, and that into one of bf16, after the backward pass."""
-    if layout.zero_stage != 1 or layout.precision != "bf16":
-        return 0.0
-    return (4.0 + layout.system.sent_gradient) * min(local.parameters, layout.system.bucket_elements)
+def _head_positions(shape: Shape, layout: Layout) -> float:
+    """Of a micro-batch, on one rank, those that the output head reads."""
+    length = layout.target_length or layout.source_length
+    return 0.0 if shape.other is not None else layout.micro_size * length / (layout.sequence * layout.context)
 
 
 def logit_bytes(shape: Shape, layout: Layout, on_cpu: bool) -> tuple[float, str]:
