@@ -32,7 +32,9 @@ from trainer.wording import flatten
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
 CHOICES = sorted(
-    (path.parent.name, path.stem) for path in config_directory().glob("*/*.yaml") if path.parent.name != "experiment"
+    (path.parent.name, path.stem)
+    for path in config_directory().glob("*/*.yaml")
+    if path.parent.name not in ("experiment", "launcher", "cluster")  # the last two are not the trainer's
 )
 NEEDED = {
     ("data", "hub"): ["data.path=someone/something"],

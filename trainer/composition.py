@@ -45,13 +45,16 @@ def config_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """The composition that `python -m trainer *overrides` would run. Raises ConfigError with every mistake."""
+def compose(overrides: Sequence[str], primary: str = MAIN) -> DictConfig:
+    """The composition that `python -m trainer *overrides` would run; with another `primary` config file than the
+    trainer's, what that comes to. Raises ConfigError with every mistake."""
     try:
         with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return hydra.compose(MAIN, overrides=list(overrides))
+            return hydra.compose(primary, overrides=list(overrides))
     except COMPOSITION_ERRORS as error:
-        raise _told(error, overrides) from error
+        if primary == MAIN:
+            raise _told(error, overrides) from error
+        raise ConfigError(*(mistakes([f"--config-name={primary}", *overrides])[0] or [_in_one_line(error)])) from error
 
 
 def execute(job: Callable[[DictConfig, list[str]], int], arguments: Sequence[str]) -> int:

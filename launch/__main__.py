@@ -1,0 +1,79 @@
+"""The same experiment, launched: `python -m launch launcher=local|deepspeed|slurm|... experiment=... [key=value ...]`.
+
+launcher=NAME launcher.key=value choose where and how (docs/launch.md); all other words are those of the trainer.
+What will be done is written to runs/NAME/launch/ first; dry_run=true prints it and stops there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from trainer.commands import run_command
+from trainer.config import Config
+from trainer.wording import did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Arguments of `python -m launch` beside those of a launcher and of the trainer.
+
+    dry_run: write and print what would be done, and stop.
+    """
+
+    dry_run: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    own, place, words = split_arguments(sys.argv[1:] if argv is None else argv)
+    codes = [0]
+    refused = run_command(LaunchOptions, lambda options: codes.append(launch(options, place, words)), str(__doc__), own)
+    return refused or codes[-1]
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Words for this command, for the launcher (a misspelt `launcher` among them), and for the trainer."""
+    keys = [entry.name for entry in fields(Config)]
+    parts: tuple[list[str], list[str], list[str]] = ([], [], [])
+    for argument in arguments:
+        key = argument.partition("=")[0].lstrip("+~")
+        first = key.partition(".")[0]
+        misspelt = first not in keys and did_you_mean(first, ["launcher", *keys]) == "; did you mean launcher?"
+        if key == "dry_run" or argument in ("--help", "-h", "debug.traceback=true"):
+            parts[0].append(argument)
+        else:
+            parts[1 if first == "launcher" or misspelt else 2].append(argument)
+    return parts
+
+
+def launch(options: LaunchOptions, place: Sequence[str], words: Sequence[str]) -> int:
+    """Launch what `words` compose (with -m, each of it) as the launcher's words `place` say; returns an exit code."""
+    from launch import prepare
+    from trainer.composition import execute
+
+    launcher, part = prepare.make_launcher(place)
+
+    def one(composed: DictConfig, overrides: list[str]) -> int:
+        job = prepare.make_job(composed, overrides, launcher)
+        prepare.check_free(job)
+        files = prepare.files_of(job, launcher, part)
+        if not options.dry_run:
+            launcher.require()
+        prepare.write(job, files)
+        print(f"{job.folder}: {', '.join(sorted(files))}", flush=True)
+        if options.dry_run:
+            print(*(f"\n== {name}\n{text}" for name, text in launcher.render(job).items()), sep="")
+            return 0
+        return launcher.submit(job)
+
+    return execute(one, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""A launcher's process on this host: run it, pass signals on to it, find it again, end it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from launch.job import Job
+from trainer.errors import SetupError
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def run_here(job: Job, command: Sequence[str]) -> int:
+    """Run `command` to its end in a session of its own, so that a terminal's Ctrl-C comes to it once, by us. Its output
+    goes to this process's streams.
+
+    A first signal to this process becomes one SIGTERM to `command`; a second kills all that it has started. Returns the
+    run's own exit code where it says one, for launchers know only success and failure.
+    """
+    before = _stamp(job)
+    with subprocess.Popen(command, start_new_session=True) as process:
+        told = [False]
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            with suppress(psutil.NoSuchProcess):
+                end_tree(psutil.Process(process.pid), hard=told[0])
+            told[0] = True
+
+        previous = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+        try:
+            job.remember({"host": socket.gethostname(), **_identity(process.pid)})
+            code = process.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    if code != 0 and _stamp(job) != before:
+        status = json.loads((job.directory / "status.json").read_text(encoding="utf-8"))
+        code = status["exit_code"] or code
+    return code if code >= 0 else 128 - code
+
+
+def _stamp(job: Job) -> int | None:
+    path = job.directory / "status.json"
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _identity(pid: int) -> dict[str, Any]:
+    """A process, told from a later one of the same number."""
+    return {"pid": pid, "created": psutil.Process(pid).create_time()}
+
+
+def is_alive(handle: Mapping[str, Any]) -> bool | None:
+    """Whether the process of `run_here` is there; None on another host."""
+    return None if handle["host"] != socket.gethostname() else _find(handle) is not None
+
+
+def end(handle: Mapping[str, Any], hard: bool) -> str:
+    """End the process of `run_here`. Raises SetupError on another host."""
+    if handle["host"] != socket.gethostname():
+        raise SetupError(f"the run was started on {handle['host']}; stop it there.")
+    process = _find(handle)
+    if process is None:
+        return "it has ended already"
+    end_tree(process, hard)
+    return f"killed process {process.pid} with all below it" if hard else f"sent SIGTERM to process {process.pid}"
+
+
+def end_tree(process: psutil.Process, hard: bool) -> None:
+    """SIGTERM to `process`, which passes it on; `hard`: SIGKILL to it and to all that it has started."""
+    if not hard:
+        process.terminate()
+        return
+    for one in [*process.children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
+def _find(handle: Mapping[str, Any]) -> psutil.Process | None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(handle["pid"])
+        if abs(process.create_time() - handle["created"]) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
