@@ -21,9 +21,9 @@ _MODELS = {
 
 
 def field_problems(manifest: Manifest) -> list[str]:
-    """What Kubernetes would refuse in `manifest`, each with the path of the field: unknown and missing fields, values of
-    another type or outside a field's choices. Of a PyTorchJob its pods are looked at, for there is no newer model of it.
-    Raises SetupError without the extra [kubernetes]."""
+    """What Kubernetes would refuse in `manifest`, each with the path of the field: unknown and missing fields, values
+    of another type or outside a field's choices. Of a PyTorchJob only the pods are looked at: the package has no model
+    of it. Raises SetupError without the extra [kubernetes]."""
     models, kind = _models(), str(manifest["kind"])
     if kind == "PyTorchJob":
         pods = manifest["spec"]["pytorchReplicaSpecs"]

@@ -7,28 +7,40 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from launch.fields import field_problems, pod_problems
-from launch.job import Job, Launcher
-from launch.manifests import CONFIG_PATH, PLURALS, Kind, Manifest, Pods, manifests, object_name
+from launch.job import Job, Launcher, at_least
+from launch.manifests import CONFIG_PATH, PLURALS, Kind, Pods, manifests, object_name
+from launch.prepare import train_yaml
 from trainer.errors import ConfigError, SetupError
 
 MANIFEST = "manifest.yaml"
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _OWN_VARIABLES = ("PET_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_TAKEN = ("/runs", "/dev/shm", CONFIG_PATH)
 _ENDED = ("Complete", "Completed", "Failed", "Succeeded")
+
+
+class _Readable(yaml.SafeDumper):
+    """YAML with texts of several lines as they are."""
+
+
+_Readable.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
 
 
 @dataclass(frozen=True)
 class Kubernetes(Launcher):
     """One pod a node, each with one torchrun; see configs/launcher/kubernetes.yaml for the keys.
 
-    runs_claim: the PersistentVolumeClaim that all pods share; `claim/folder` for a folder in it. It is runs_dir in the pods.
+    runs_claim: the PersistentVolumeClaim that is runs_dir in all pods; `claim/folder` for a folder in it.
     """
 
     kind: Kind = "trainjob"
@@ -43,13 +55,17 @@ class Kubernetes(Launcher):
     shared_memory: str | None = "16Gi"
     rdma: str | None = None
     runs_claim: str | None = None
-    volumes: Mapping[str, str] = field(default_factory=dict)
-    environment: Mapping[str, str | int] = field(default_factory=dict)
+    volumes: Mapping[str, str] | None = None
+    environment: Mapping[str, str | int] | None = None
     secrets: Sequence[str] = ()
     working_dir: str | None = None
     restarts: int = 10
     save_seconds: int = 300
-    pod: Mapping[str, Any] = field(default_factory=dict)
+    pod: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        at_least(0, gpus=self.gpus, restarts=self.restarts)
+        at_least(1, nodes=self.nodes, processes=self.processes, save_seconds=self.save_seconds)
 
     @property
     def ranks(self) -> int:
@@ -65,7 +81,7 @@ class Kubernetes(Launcher):
         documents = manifests(self.kind, self._pods(job))
         if problems := [f"{one['kind']} {problem}" for one in documents for problem in field_problems(one)]:
             raise ConfigError(*problems)
-        return {MANIFEST: yaml.safe_dump_all(documents, sort_keys=False, width=120)}
+        return {MANIFEST: yaml.dump_all(documents, Dumper=_Readable, sort_keys=False, width=120)}
 
     def require(self) -> None:
         if shutil.which("kubectl") is None:
@@ -111,7 +127,6 @@ class Kubernetes(Launcher):
         resources = {name: quantity for name, quantity in named.items() if quantity is not None}
         if self.rdma is not None:
             resources[self.rdma] = 1
-        frozen = job.train_yaml()
         return Pods(
             name=object_name(job.name),
             namespace=self.namespace,
@@ -119,17 +134,17 @@ class Kubernetes(Launcher):
             nodes=self.nodes,
             processes=self._processes,
             arguments=[*job.trainer_words(Path(CONFIG_PATH)), "runs_dir=/runs"],
-            config=frozen,
+            config=train_yaml(job.config),
             resources=resources,
             shared_memory=self.shared_memory,
-            volumes={"/runs": str(self.runs_claim), **self.volumes},
-            environment={name: str(value) for name, value in self.environment.items()},
+            volumes={"/runs": str(self.runs_claim), **(self.volumes or {})},
+            environment={name: str(value) for name, value in (self.environment or {}).items()},
             secrets=self.secrets,
             lock_memory=self.rdma is not None,
             working_dir=self.working_dir,
             restarts=self.restarts,
             save_seconds=self.save_seconds,
-            spec=self.pod,
+            spec=self.pod or {},
         )
 
     def _problems(self) -> list[str]:
@@ -139,39 +154,24 @@ class Kubernetes(Launcher):
             problems.append("launcher.image has no value; give the container image that has this project installed.")
         if self.runs_claim is None:
             problems.append(
-                "launcher.runs_claim has no value; name the PersistentVolumeClaim for runs_dir: checkpoints kept in a pod"
-                " end with it."
+                "launcher.runs_claim has no value; name the PersistentVolumeClaim for runs_dir: checkpoints kept in a"
+                " pod end with it."
             )
-        problems += [
-            f"launcher.{key}={value} must be {least} or more."
-            for key, value, least in (
-                ("nodes", self.nodes, 1),
-                ("gpus", self.gpus, 0),
-                ("processes", self._processes, 1),
-                ("restarts", self.restarts, 0),
-                ("save_seconds", self.save_seconds, 1),
-            )
-            if value < least
-        ]
-        claims = {"runs_claim": self.runs_claim} | {f"volumes.{path}": place for path, place in self.volumes.items()}
+        volumes = self.volumes or {}
+        claims = {"runs_claim": self.runs_claim} | {f"volumes.{path}": place for path, place in volumes.items()}
         problems += [
             f"launcher.{key}={place}: {place.partition('/')[0]!r} is no name of a claim; write CLAIM or CLAIM/FOLDER."
             for key, place in claims.items()
             if place is not None and not _LABEL.fullmatch(place.partition("/")[0])
         ]
         problems += [
-            f"launcher.volumes: {path} is no place to mount at; write an absolute path other than /runs and {CONFIG_PATH}."
-            for path in self.volumes
-            if not path.startswith("/") or path.rstrip("/") in ("", "/runs", "/dev/shm", CONFIG_PATH)
+            f"launcher.volumes: {path} is no place to mount at; write an absolute path, not one of {', '.join(_TAKEN)}."
+            for path in volumes
+            if not path.startswith("/") or path.rstrip("/") in ("", *_TAKEN)
         ]
         problems += [
             f"launcher.environment.{name} is set by the operator and torchrun; leave it out."
-            for name in self.environment
+            for name in self.environment or {}
             if name.startswith(_OWN_VARIABLES)
         ]
-        return problems + pod_problems(self.pod, "launcher.pod")
-
-
-def documents(text: str) -> list[Manifest]:
-    """The objects of a rendered manifest."""
-    return list(yaml.safe_load_all(text))
+        return problems + pod_problems(self.pod or {}, "launcher.pod")

@@ -1,7 +1,8 @@
 """Kubernetes manifests of a job, as plain mappings: Kubeflow's TrainJob (v2) and PyTorchJob (v1), and JobSet.
 
-One pod a node, all started together, each with one torchrun. What ends a pod decides what follows: exit code 0 is the end,
-2 (refused) fails the job at once, anything else starts all pods again, up to `restarts` times, from the newest checkpoint.
+One pod a node, all started together, each with one torchrun. How a pod ends decides what follows: exit code 0 is the
+end, 2 (refused) fails the job at once, any other starts all pods again, up to `restarts` times, from the newest
+checkpoint.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ PLURALS: Mapping[Kind, str] = {
 @dataclass(frozen=True)
 class Pods:
     """The pods of a job. name: of the job, as Kubernetes takes it; processes: ranks of each pod; arguments: of
-    `python -m launch.pod`; config: the frozen configuration; resources: of each pod, quantities by name; volumes: claim or
-    `claim/folder` by the path it is mounted at; secrets: whose keys become variables; spec: further fields of the pod."""
+    `python -m launch.pod`; config: the frozen configuration; resources: of each pod, quantities by name; volumes: claim
+    or `claim/folder` by the path it is mounted at; secrets: whose keys become variables; spec: further fields."""
 
     name: str
     namespace: str | None
@@ -120,7 +121,7 @@ def train_job(pods: Pods) -> list[Manifest]:
 def job_set(pods: Pods) -> list[Manifest]:
     """A JobSet of one indexed Job."""
     address = f"{pods.name}-node-0-0.{pods.name}"
-    rendezvous = [
+    rendezvous: list[Manifest] = [
         {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": COMPLETION_INDEX}}},
         {"name": "PET_MASTER_ADDR", "value": address},
         {"name": "PET_MASTER_PORT", "value": str(PORT)},
@@ -133,7 +134,7 @@ def job_set(pods: Pods) -> list[Manifest]:
 
 
 def pytorch_job(pods: Pods) -> list[Manifest]:
-    """A PyTorchJob. Its operator looks at exit codes alone, and starts pods again for those from 128 on, without end."""
+    """A PyTorchJob. Its operator looks at exit codes alone, and starts pods again for those from 128 on."""
     container = _container(pods, "pytorch")
     container["command"] = _command(pods, "--raise-retries")
     container["ports"] = [{"name": "pytorchjob-port", "containerPort": PORT}]
@@ -156,8 +157,8 @@ def _metadata(pods: Pods) -> Manifest:
 
 
 def _job_set_spec(pods: Pods, container: Manifest, labels: Mapping[str, str]) -> Manifest:
-    """Exit code 2 fails the Job by its policy, and that fails the JobSet; any other end of a pod fails the Job for want of
-    tries, and that begins the JobSet again."""
+    """Exit code 2 fails the Job by its policy, and that fails the JobSet; any other end of a pod fails the Job for want
+    of tries, and that begins the JobSet again."""
     refused = {"containerName": container["name"], "operator": "In", "values": [REFUSED]}
     job = {
         "completionMode": "Indexed",

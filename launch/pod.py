@@ -1,7 +1,8 @@
-"""What a container runs: `python -m launch.pod [torchrun's options] -m trainer ...`, which ends with the ranks' exit code.
+"""What a container runs: torchrun, ending with the exit code of its ranks.
 
-torchrun itself ends with 1 whatever its ranks end with, and who starts containers again has nothing but the exit code to
-tell a run that wants to go on (75, 76) from one that was refused (2).
+`python -m launch.pod [torchrun's options] -m trainer ...`. torchrun itself ends with 1 whatever its ranks end with, and
+who starts containers again has nothing but the exit code to tell a run that wants to go on (75, 76) from one that was
+refused (2).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _torchrun(arguments: Sequence[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     try:
-        run(parse_args(list(arguments)))
+        run(parse_args(list(arguments)))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         code: int = error.get_first_failure()[1].exitcode
         return code if code >= 0 else 128 - code
