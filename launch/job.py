@@ -56,7 +56,7 @@ class Launcher(ABC):
 
     @property
     @abstractmethod
-    def ranks(self) -> int:
+    def world_size(self) -> int:
         """Processes of the whole job, which the configuration must fit. Raises ConfigError, SetupError."""
 
     @abstractmethod

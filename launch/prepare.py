@@ -44,7 +44,7 @@ def make_job(composed: DictConfig, words: Sequence[str], launcher: Launcher) -> 
     """The job of a composition of the trainer's, refused (ConfigError, CheckpointError, SetupError) where the trainer
     would refuse it on the launcher's ranks, or where another run has its name. Nothing is written."""
     config = to_config(composed, part_problems)
-    make_plan(config, launcher.ranks)
+    make_plan(config, launcher.world_size)
     RunDirectory.of(config).check(config)
     if config.resume == Resume.never:  # checked now; a restart of this very job must go on
         config = replace(config, resume=Resume.auto)

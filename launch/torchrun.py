@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from launch.job import python
 
 
-def torchrun(ranks: int, max_restarts: int, rendezvous: Sequence[str], trainer_words: Sequence[str]) -> list[str]:
-    """The command of the agent on one host, with `ranks` processes. rendezvous: how it meets agents of other hosts."""
+def torchrun(
+    ranks: int, max_restarts: int, rendezvous: Sequence[str], trainer_words: Sequence[str], interpreter: str = ""
+) -> list[str]:
+    """The command of the agent on one host, with `ranks` processes. rendezvous: how it meets agents of other hosts;
+    interpreter: "" for this environment's."""
     options = [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", *rendezvous]
-    return [python(), "-m", "torch.distributed.run", *options, *trainer_words]
+    return [interpreter or python(), "-m", "torch.distributed.run", *options, *trainer_words]
 
 
 def environment(threads: int | None, ranks: int, save_seconds: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`python -m trainer`, also under torchrun and the deepspeed launcher: from words on a command line to an exit code.
+"""`python -m trainer`, also under torchrun, srun and the deepspeed launcher: from words to an exit code.
 
 0 finished, 2 refused configuration or input, 75 preempted, 76 a rank hangs or has gone, 1 anything else.
 """
@@ -19,6 +19,7 @@ from trainer.composition import execute
 from trainer.config import to_config
 from trainer.errors import ConfigError, PeerError, UserError, redacted
 from trainer.plan import make_plan
+from trainer.srun import ranks_from_srun
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,6 +31,7 @@ PATIENCE_SECONDS = 10.0
 def main() -> int:
     """Run the command line of this process; returns the exit code."""
     arguments = without_local_rank(sys.argv[1:])
+    os.environ.update(ranks_from_srun(os.environ))
     try:
         return execute(_job, arguments)
     except UserError as error:

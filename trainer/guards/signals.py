@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +11,11 @@ from types import FrameType
 PREEMPTED = 75  # EX_TEMPFAIL: try again
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+ONE_REQUEST_SECONDS = 3.0
+"""Signals that follow the first one so soon are the same request: Slurm signals every process of a step, and the batch
+script and torchrun, which it signals too, pass theirs on."""
 
 
 class StopRequest:
@@ -20,14 +26,17 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Turn the signals into a request; a second one leaves at once with the shell's 128 + number. Restores the old
-    handlers."""
+    """Turn the signals into a request; a second one, later than ONE_REQUEST_SECONDS, leaves at once with the shell's
+    128 + number. Restores the old handlers."""
     request = StopRequest()
+    requested_at = 0.0
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        if request.name is not None:
+        nonlocal requested_at
+        if request.name is None:
+            request.name, requested_at = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - requested_at > ONE_REQUEST_SECONDS:
             raise SystemExit(128 + number)
-        request.name = signal.Signals(number).name
 
     previous = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
