@@ -68,7 +68,7 @@ class Kubernetes(Launcher):
         at_least(1, nodes=self.nodes, processes=self.processes, save_seconds=self.save_seconds)
 
     @property
-    def ranks(self) -> int:
+    def world_size(self) -> int:
         return self.nodes * self._processes
 
     @property

@@ -1,0 +1,129 @@
+"""A search by Optuna: each run's values are sampled with a view to how the runs before it came out.
+
+The first run is the experiment as it stands. It says which metric is the headline of the task, and what the search has
+to beat. What has been tried is kept in the sweep's folder, so the same command goes on with the search; with more
+`trials` it goes further.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.sweeps.results import Row
+from launch.sweeps.run import Member, One, compositions, row_of, run, wait
+from trainer.composition import Axis
+from trainer.errors import ConfigError, SetupError
+
+if TYPE_CHECKING:
+    import optuna
+
+HISTORY = "optuna.log"
+
+
+def search(one: One, same: Sequence[str], swept: Sequence[Axis], trials: int, folder: Path) -> list[Row]:
+    """Run the experiment, then sampled values of the keys, `trials` runs in all; those of earlier calls count.
+
+    same: the words that all runs have, -m among them. Raises ConfigError where there is nothing to search, the space is
+    impossible or nothing is evaluated on the validation split, SetupError without the extra [sweep].
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise SetupError("sweep=optuna needs optuna, which is not installed: install shardwright[sweep].") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _check(same, swept, trials)
+    (baseline,) = compositions(same, [])
+    rows = [_measured(one, baseline)]
+    if rows[0].state != "finished":
+        print(f"sweep: the experiment itself is {rows[0].state}; nothing is searched.", flush=True)
+        return rows
+    if rows[0].value is None:
+        raise ConfigError(
+            f"{rows[0].name} evaluated nothing on the validation split, by which runs are compared;"
+            " add eval.every=STEPS or eval.final_split=validation."
+        )
+    study = _study(folder, int(baseline.composed.seed), rows[0].more_is_better)
+    spaces = {axis.key: _distribution(axis) for axis in swept}
+    while len(rows) < trials and rows[-1].state != "preempted":
+        trial = _trial(study, spaces, len(rows))
+        values = {axis.key: _text(trial.params[axis.key]) for axis in swept}
+        (member,) = compositions([*same, *map("=".join, values.items())], list(values))
+        print(f"sweep: run {len(rows) + 1} of {trials}: {member.composed.name}", flush=True)
+        row = _measured(one, member)
+        rows.append(row)
+        if trial.state != optuna.trial.TrialState.RUNNING or row.state == "preempted":
+            continue  # told in an earlier call; or it goes on in the next
+        good = row.value is not None and math.isfinite(row.value)
+        told = {"values": row.value} if good else {"state": optuna.trial.TrialState.FAIL}
+        study.tell(trial.number, **told)
+    return rows
+
+
+def _check(same: Sequence[str], swept: Sequence[Axis], trials: int) -> None:
+    problems = [
+        f"{axis.key}: an interval on a logarithmic scale begins above 0, not at {axis.low:g}."
+        for axis in swept
+        if axis.log and axis.low <= 0
+    ] + [
+        f"{axis.key}: an interval goes from the lower to the higher number, not from {axis.low:g} to {axis.high:g}."
+        for axis in swept
+        if not axis.choices and axis.low > axis.high
+    ]
+    if not swept:
+        problems.append("sweep=optuna has no key to search; write key=interval(a,b), key=choice(a,b) or key=a,b.")
+    if trials < 2:
+        problems.append(f"trials={trials} leaves nothing to search: the first run is the experiment as it stands.")
+    if problems:
+        raise ConfigError(*problems)
+    for end in (0, -1):  # a key that does not exist is refused here, before anything runs
+        values = [axis.choices[end] if axis.choices else _text((axis.low, axis.high)[end]) for axis in swept]
+        compositions([*same, *(f"{axis.key}={value}" for axis, value in zip(swept, values, strict=True))], [])
+
+
+def _measured(one: One, member: Member) -> Row:
+    """Run it to its end, wherever it runs."""
+    row = run(one, member)
+    if row.state == "submitted":
+        wait(member)
+        row = row_of(member, "failed")
+    return row
+
+
+def _study(folder: Path, seed: int, more_is_better: bool) -> optuna.Study:
+    """The search so far."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        study_name=folder.name,
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / HISTORY))),
+        direction="maximize" if more_is_better else "minimize",
+        load_if_exists=True,
+    )
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # else it would repeat its first samples
+    return study
+
+
+def _trial(study: optuna.Study, spaces: dict[str, Any], number: int) -> Any:
+    """The trial of this number (from 1), of an earlier call or a new one."""
+    tried = study.get_trials(deepcopy=False)
+    return tried[number - 1] if number <= len(tried) else study.ask(spaces)
+
+
+def _distribution(axis: Axis) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if axis.choices:
+        return CategoricalDistribution(axis.choices)
+    if axis.whole:
+        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)
+
+
+def _text(value: object) -> str:
+    """A value as one would type it; a number so that reading it gives the same number."""
+    return value if isinstance(value, str) else repr(value)
