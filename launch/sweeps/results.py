@@ -99,7 +99,7 @@ class Table:
             label = "" if len(self.metrics) <= 1 else f"{row.metric} "
             final = "" if row.final is None else f"{label}{row.final:.5g} ({row.split})"
             value = "" if row.value is None else f"{label}{row.value:.5g}"
-            given = [row.values.get(key, "") for key in self.keys]
+            given = [_short(row.values.get(key, "")) for key in self.keys]
             cells.append([row.name, *given, value, final, str(row.step), row.state])
         return header, cells
 
@@ -154,6 +154,11 @@ def _numbers(texts: Sequence[str]) -> list[float] | None:
         return [float(text) for text in texts]
     except ValueError:
         return None
+
+
+def _short(text: str) -> str:
+    """A sampled number as people read it."""
+    return f"{number[0]:.5g}" if len(text) > 8 and (number := _numbers([text])) else text
 
 
 def _full(value: float | None) -> str:

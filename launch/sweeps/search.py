@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
 
 from launch.sweeps.results import Row
 from launch.sweeps.run import Member, One, compositions, row_of, run, wait
@@ -36,7 +39,8 @@ def search(one: One, same: Sequence[str], swept: Sequence[Axis], trials: int, fo
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check(same, swept, trials)
     (baseline,) = compositions(same, [])
-    rows = [_measured(one, baseline)]
+    own = {axis.key: str(OmegaConf.select(baseline.composed, axis.key.lstrip("+"), default="")) for axis in swept}
+    rows = [_measured(one, replace(baseline, values=own))]
     if rows[0].state != "finished":
         print(f"sweep: the experiment itself is {rows[0].state}; nothing is searched.", flush=True)
         return rows
@@ -48,17 +52,17 @@ def search(one: One, same: Sequence[str], swept: Sequence[Axis], trials: int, fo
     study = _study(folder, int(baseline.composed.seed), rows[0].more_is_better)
     spaces = {axis.key: _distribution(axis) for axis in swept}
     while len(rows) < trials and rows[-1].state != "preempted":
-        trial = _trial(study, spaces, len(rows))
+        if (number := len(rows) - 1) == len(study.trials):
+            study.ask(spaces)
+        trial = study.trials[number]  # of an earlier call, or new
         values = {axis.key: _text(trial.params[axis.key]) for axis in swept}
         (member,) = compositions([*same, *map("=".join, values.items())], list(values))
         print(f"sweep: run {len(rows) + 1} of {trials}: {member.composed.name}", flush=True)
         row = _measured(one, member)
         rows.append(row)
-        if trial.state != optuna.trial.TrialState.RUNNING or row.state == "preempted":
-            continue  # told in an earlier call; or it goes on in the next
-        good = row.value is not None and math.isfinite(row.value)
-        told = {"values": row.value} if good else {"state": optuna.trial.TrialState.FAIL}
-        study.tell(trial.number, **told)
+        if trial.state == optuna.trial.TrialState.RUNNING and row.state != "preempted":  # that one goes on later
+            good = row.value is not None and math.isfinite(row.value)
+            study.tell(number, **({"values": row.value} if good else {"state": optuna.trial.TrialState.FAIL}))
     return rows
 
 
@@ -106,12 +110,6 @@ def _study(folder: Path, seed: int, more_is_better: bool) -> optuna.Study:
     )
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # else it would repeat its first samples
     return study
-
-
-def _trial(study: optuna.Study, spaces: dict[str, Any], number: int) -> Any:
-    """The trial of this number (from 1), of an earlier call or a new one."""
-    tried = study.get_trials(deepcopy=False)
-    return tried[number - 1] if number <= len(tried) else study.ask(spaces)
 
 
 def _distribution(axis: Axis) -> Any:
