@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,19 +76,45 @@ def check_free(job: Job) -> None:
 
 def submitted(folder: Path) -> tuple[Launcher, dict[str, Any]]:
     """The launcher that started the run, with the options of then, and what it remembered. Raises CheckpointError."""
+    launcher, _ = launcher_in(folder)
     try:
-        part = yaml.safe_load((folder / "launcher.yaml").read_text(encoding="utf-8"))
-        handle = json.loads((folder / "submitted.json").read_text(encoding="utf-8"))
+        return launcher, dict(json.loads((folder / "submitted.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} does not say what was submitted: {error}") from error
+
+
+def launcher_in(folder: Path) -> tuple[Launcher, dict[str, Any]]:
+    """The launcher in a job's folder, and its part. Raises CheckpointError where there is none, or one that is not
+    ours: a stranger's run must not name code to run."""
+    path = folder / "launcher.yaml"
+    try:
+        part = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not str(part["_target_"]).startswith("launch."):
-            raise CheckpointError(f"{folder}/launcher.yaml names code outside launch: {part['_target_']}.")
-        return build(part, "launcher"), handle
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} does not say how the run was launched: {error}") from error
+            raise CheckpointError(f"{path} names code outside launch: {part['_target_']}.")
+        return build(part, "launcher"), part
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path} does not say how the run was launched: {error}") from error
+
+
+def job_in(directory: Path) -> Job:
+    """The job that was launched for the run in `directory`, as it was. Raises CheckpointError."""
+    folder = directory.absolute() / "launch"
+    try:
+        config = frozen_config(folder)
+        words = yaml.safe_load((folder / "overrides.yaml").read_text(encoding="utf-8"))
+        cwd = Path(json.loads((folder / "origin.json").read_text(encoding="utf-8"))["cwd"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{folder} does not say what was launched: {error}") from error
+    return Job(config.name, directory.absolute(), tuple(words), config, cwd)
 
 
 def said(handle: Mapping[str, Any]) -> str:
     """What was submitted, in words: `host a, pid 17`."""
-    return ", ".join(f"{name} {value}" for name, value in handle.items() if name != "created")
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in handle.items()
+        if name not in ("created", "directory") and value is not None
+    )
 
 
 def frozen_config(folder: Path) -> Config:
@@ -101,7 +129,7 @@ def files_of(job: Job, launcher: Launcher, part: Mapping[str, Any]) -> dict[str,
         "train.yaml": train_yaml(job.config),
         "overrides.yaml": yaml.safe_dump(list(job.words)),
         "launcher.yaml": yaml.safe_dump(dict(part), sort_keys=False),
-        "git.json": json.dumps(git_state(), indent=1) + "\n",
+        "origin.json": json.dumps(origin(job), indent=1) + "\n",
         **launcher.render(job),
     }
 
@@ -112,8 +140,8 @@ def train_yaml(config: Config) -> str:
 
 
 def write(job: Job, files: Mapping[str, str]) -> None:
-    """Write `files` into the job's folder, and take away what an earlier launch had there."""
-    for path in (path for path in job.folder.glob("*") if path.is_file()):
+    """Write `files` into the job's folder, and take away what an earlier launch had there, but for its output."""
+    for path in (path for path in job.folder.glob("*") if path.is_file() and path.suffix != ".out"):
         path.unlink()
     for name, text in files.items():
         path = job.folder / name
@@ -123,18 +151,23 @@ def write(job: Job, files: Mapping[str, str]) -> None:
             path.chmod(0o755)
 
 
-def git_state() -> dict[str, Any]:
-    """Which code will run: version, and, in a clone, commit, branch and which files differ from it, without their
-    content."""
+def origin(job: Job) -> dict[str, Any]:
+    """Where and when the run was launched, and which code will run: version, and, in a clone, commit, branch and which
+    files differ from it, without their content."""
     root = Path(__file__).resolve().parent.parent
-    state: dict[str, Any] = {"version": trainer.__version__}
+    facts: dict[str, Any] = {
+        "cwd": str(job.cwd),
+        "host": socket.gethostname(),
+        "launched": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "version": trainer.__version__,
+    }
     commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     if commit is not None:
-        state["commit"] = commit
-        state["branch"] = _git(root, "branch", "--show-current")
-        state["changed"] = (_git(root, "status", "--porcelain") or "").splitlines()
-        state["diffstat"] = _git(root, "diff", "--shortstat", "HEAD")
-    return state
+        facts["commit"] = commit
+        facts["branch"] = _git(root, "branch", "--show-current")
+        facts["changed"] = (_git(root, "status", "--porcelain") or "").splitlines()
+        facts["diffstat"] = _git(root, "diff", "--shortstat", "HEAD")
+    return facts
 
 
 def _git(root: Path, *words: str) -> str | None:

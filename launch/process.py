@@ -6,7 +6,8 @@ import json
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -19,25 +20,33 @@ from trainer.errors import SetupError
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def run_here(job: Job, command: Sequence[str]) -> int:
+def run_here(
+    job: Job, command: Sequence[str], stop: Callable[[Mapping[str, Any], bool], str] | None = None, **facts: Any
+) -> int:
     """Run `command` to its end in a session of its own, so that a terminal's Ctrl-C comes to it once, by us. Its output
     goes to this process's streams.
 
-    A first signal to this process becomes one SIGTERM to `command`; a second kills all that it has started. Returns the
-    run's own exit code where it says one, for launchers know only success and failure.
+    A first signal to this process asks it to stop, a second one ends it: by `stop(handle, hard)`, or by `end`. facts:
+    for the handle. Returns the run's own exit code where it says one, for launchers know only success and failure.
     """
     before = _stamp(job)
+    stop = stop or end
     with subprocess.Popen(command, start_new_session=True) as process:
-        told = [False]
+        handle = {"host": socket.gethostname(), "directory": str(job.directory), **_identity(process.pid), **facts}
+        told = False
 
         def pass_on(number: int, _: FrameType | None) -> None:
-            with suppress(psutil.NoSuchProcess):
-                end_tree(psutil.Process(process.pid), hard=told[0])
-            told[0] = True
+            nonlocal told
+            hard, told = told, True
+            try:
+                done = stop(handle, hard)
+            except SetupError as error:
+                done = str(error)
+            print(f"{signal.Signals(number).name}: {done}", file=sys.stderr, flush=True)
 
         previous = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
         try:
-            job.remember({"host": socket.gethostname(), **_identity(process.pid)})
+            job.remember(handle)
             code = process.wait()
         finally:
             for number, handler in previous.items():
