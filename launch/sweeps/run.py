@@ -62,6 +62,8 @@ def run_sweep(one: One, arguments: Sequence[str], method: str, trials: int) -> i
     that no run could be made of.
     """
     same, swept = axes(arguments)
+    if not swept and method == "grid":  # one run under a name made of its values, as an agent asks for it
+        return execute(one, arguments)
     folder = Path(_word(same, "runs_dir", "runs")) / "sweeps" / _folder_name(same, swept, method)
     if method == "grid":
         members = compositions(arguments, [axis.key for axis in swept])

@@ -37,7 +37,9 @@ def search(one: One, same: Sequence[str], swept: Sequence[Axis], trials: int, fo
     except ImportError as error:
         raise SetupError("sweep=optuna needs optuna, which is not installed: install shardwright[sweep].") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    _check(same, swept, trials)
+    if trials < 2:
+        raise ConfigError(f"trials={trials} leaves nothing to search: the first run is the experiment as it stands.")
+    check_space(same, swept)
     (baseline,) = compositions(same, [])
     own = {axis.key: str(OmegaConf.select(baseline.composed, axis.key.lstrip("+"), default="")) for axis in swept}
     rows = [_measured(one, replace(baseline, values=own))]
@@ -66,7 +68,8 @@ def search(one: One, same: Sequence[str], swept: Sequence[Axis], trials: int, fo
     return rows
 
 
-def _check(same: Sequence[str], swept: Sequence[Axis], trials: int) -> None:
+def check_space(same: Sequence[str], swept: Sequence[Axis]) -> None:
+    """Refuse, with every problem, keys and intervals that no run could take. Raises ConfigError."""
     problems = [
         f"{axis.key}: an interval on a logarithmic scale begins above 0, not at {axis.low:g}."
         for axis in swept
@@ -77,14 +80,11 @@ def _check(same: Sequence[str], swept: Sequence[Axis], trials: int) -> None:
         if not axis.choices and axis.low > axis.high
     ]
     if not swept:
-        problems.append("sweep=optuna has no key to search; write key=interval(a,b), key=choice(a,b) or key=a,b.")
-    if trials < 2:
-        problems.append(f"trials={trials} leaves nothing to search: the first run is the experiment as it stands.")
+        problems.append("There is no key to search; write key=interval(a,b), key=choice(a,b) or key=a,b.")
     if problems:
         raise ConfigError(*problems)
-    for end in (0, -1):  # a key that does not exist is refused here, before anything runs
-        values = [axis.choices[end] if axis.choices else _text((axis.low, axis.high)[end]) for axis in swept]
-        compositions([*same, *(f"{axis.key}={value}" for axis, value in zip(swept, values, strict=True))], [])
+    # A key that does not exist is refused here, before anything runs.
+    compositions([*same, *(f"{axis.key}={axis.choices[0] if axis.choices else axis.low}" for axis in swept)], [])
 
 
 def _measured(one: One, member: Member) -> Row:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch.slurm import Slurm
-from tests.conftest import ROOT, Finished, run_command
+from tests.conftest import Finished, run_command
 from tests.test_survival import last_step
 from tests.test_training import curve, samples_by_step, tiny
 
