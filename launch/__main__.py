@@ -42,18 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Words for this command, for the launcher (a misspelt `launcher` among them), and for the trainer."""
+    """Words for this command, for the launcher (a misspelt `launcher` among them), and for the trainer. --config-dir is
+    for both of them: it may hold launchers, too."""
     keys, own = [entry.name for entry in fields(Config)], [entry.name for entry in fields(LaunchOptions)]
     parts: tuple[list[str], list[str], list[str]] = ([], [], [])
-    for argument in arguments:
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--config-dir"):
+            parts[1].extend([argument] if "=" in argument else [argument, after])
         key = argument.partition("=")[0].lstrip("+~")
         first = key.partition(".")[0]
         misspelt = first not in keys and did_you_mean(first, ["launcher", *keys]) == "; did you mean launcher?"
-        if key in own or argument in (
-            "--help",
-            "-h",
-            "debug.traceback=true",
-        ):
+        if key in own or argument in ("--help", "-h", "debug.traceback=true"):
             parts[0].append(argument)
         else:
             parts[1 if first == "launcher" or misspelt else 2].append(argument)

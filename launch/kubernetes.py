@@ -47,11 +47,11 @@ class Kubernetes(Launcher):
     image: str | None = None
     namespace: str | None = None
     nodes: int = 1
-    gpus: int = 8
+    gpus_per_node: int = 8
     gpu_resource: str = "nvidia.com/gpu"
-    processes: int | None = None
-    cpus: str | int | None = None
-    memory: str | None = None
+    ranks_per_node: int | None = None
+    cpus_per_node: str | int | None = None
+    memory_per_node: str | None = None
     shared_memory: str | None = "16Gi"
     rdma: str | None = None
     runs_claim: str | None = None
@@ -64,8 +64,8 @@ class Kubernetes(Launcher):
     pod: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        at_least(0, gpus=self.gpus, restarts=self.restarts)
-        at_least(1, nodes=self.nodes, processes=self.processes, save_seconds=self.save_seconds)
+        at_least(0, gpus_per_node=self.gpus_per_node, restarts=self.restarts)
+        at_least(1, nodes=self.nodes, ranks_per_node=self.ranks_per_node, save_seconds=self.save_seconds)
 
     @property
     def world_size(self) -> int:
@@ -73,7 +73,7 @@ class Kubernetes(Launcher):
 
     @property
     def _processes(self) -> int:
-        return self.processes or self.gpus or 1
+        return self.ranks_per_node or self.gpus_per_node or 1
 
     def render(self, job: Job) -> Mapping[str, str]:
         if problems := self._problems():
@@ -123,7 +123,11 @@ class Kubernetes(Launcher):
         return done.stdout
 
     def _pods(self, job: Job) -> Pods:
-        named = {self.gpu_resource: self.gpus or None, "cpu": self.cpus, "memory": self.memory}
+        named = {
+            self.gpu_resource: self.gpus_per_node or None,
+            "cpu": self.cpus_per_node,
+            "memory": self.memory_per_node,
+        }
         resources = {name: quantity for name, quantity in named.items() if quantity is not None}
         if self.rdma is not None:
             resources[self.rdma] = 1

@@ -72,25 +72,26 @@ def is_alive(handle: Mapping[str, Any]) -> bool | None:
     return None if handle["host"] != socket.gethostname() else _find(handle) is not None
 
 
-def end(handle: Mapping[str, Any], hard: bool) -> str:
-    """End the process of `run_here`. Raises SetupError on another host."""
+def end(handle: Mapping[str, Any], hard: bool, kills: str | None = None) -> str:
+    """End the process of `run_here`: SIGTERM, or, `hard`, SIGKILL to all below it. kills: the name of a program there
+    that ends what it has started elsewhere when it gets a SIGTERM. Raises SetupError on another host."""
     if handle["host"] != socket.gethostname():
         raise SetupError(f"the run was started on {handle['host']}; stop it there.")
     process = _find(handle)
     if process is None:
         return "it has ended already"
-    end_tree(process, hard)
-    return f"killed process {process.pid} with all below it" if hard else f"sent SIGTERM to process {process.pid}"
-
-
-def end_tree(process: psutil.Process, hard: bool) -> None:
-    """SIGTERM to `process`, which passes it on; `hard`: SIGKILL to it and to all that it has started."""
     if not hard:
         process.terminate()
-        return
-    for one in [*process.children(recursive=True), process]:
+        return f"sent SIGTERM to process {process.pid}"
+    below = process.children(recursive=True)
+    killing = [one for one in below if one.name() == kills]
+    for one in killing:
+        one.terminate()
+    psutil.wait_procs(killing, timeout=10)
+    for one in [*below, process]:
         with suppress(psutil.NoSuchProcess):
             one.kill()
+    return f"killed process {process.pid} with all below it"
 
 
 def _find(handle: Mapping[str, Any]) -> psutil.Process | None:

@@ -23,9 +23,9 @@ STOP = "stop"
 class Ray(Launcher):
     """One Ray worker a rank, placed by Ray; see configs/launcher/ray.yaml for the keys."""
 
-    workers: int = 1
-    gpus: int = 0
-    cpus: int = 1
+    ranks: int = 1
+    gpus_per_rank: int = 0
+    cpus_per_rank: int = 1
     address: str | None = None
     placement: str = "PACK"
     resources: Mapping[str, float] | None = None
@@ -34,22 +34,26 @@ class Ray(Launcher):
     save_seconds: int = 300
 
     def __post_init__(self) -> None:
-        at_least(0, gpus=self.gpus, cpus=self.cpus)
+        at_least(0, gpus_per_rank=self.gpus_per_rank, cpus_per_rank=self.cpus_per_rank)
         at_least(-1, max_failures=self.max_failures)
-        at_least(1, workers=self.workers, save_seconds=self.save_seconds)
+        at_least(1, ranks=self.ranks, save_seconds=self.save_seconds)
 
     @property
     def world_size(self) -> int:
-        return self.workers
+        return self.ranks
 
     def render(self, job: Job) -> Mapping[str, str]:
         facts = {
             "name": job.name,
             "cwd": str(job.cwd),
             "words": job.trainer_words(),
-            "workers": self.workers,
-            "cpus": self.workers * self.cpus,
-            "resources": {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {}), **(self.resources or {})},
+            "workers": self.ranks,
+            "cpus": self.ranks * self.cpus_per_rank,
+            "resources": {
+                "CPU": self.cpus_per_rank,
+                **({"GPU": self.gpus_per_rank} if self.gpus_per_rank else {}),
+                **(self.resources or {}),
+            },
             "address": self.address,
             "placement": self.placement,
             "runtime_env": dict(self.runtime_env or {}),

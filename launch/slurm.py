@@ -85,7 +85,7 @@ class Slurm(Launcher):
     def submit(self, job: Job) -> int:
         script = str(job.folder / "job.sh")
         if _inside():
-            return run_here(job, ["bash", script, "inside"])
+            return run_here(job, ["bash", script, "inside"], self.stop)
         done = _slurm("sbatch", "--parsable", script)
         if done.returncode != 0:
             raise SetupError(f"sbatch refuses {script}: {' '.join(done.stderr.split())}")
@@ -106,7 +106,7 @@ class Slurm(Launcher):
 
     def stop(self, handle: Mapping[str, Any], hard: bool) -> str:
         if "pid" in handle:
-            return end(handle, hard)
+            return end(handle, hard, kills="srun")
         number = str(handle["job"])
         if shutil.which("scancel") is None:
             raise SetupError(f"Slurm runs it as job {number}, and there is no scancel on PATH.")
@@ -205,9 +205,10 @@ class Slurm(Launcher):
 
 
 _WAIT = """
-# Slurm signals the ranks itself. What comes to this shell alone is passed on; SIGTERM to it cancels the job.
+# Slurm signals the ranks itself. What comes to this shell alone is passed on; SIGTERM to it cancels the job. Never
+# SIGTERM to srun, which would kill the ranks.
 trap 'signalled=yes; kill -USR1 "$ranks"' USR1 USR2
-trap 'signalled=yes cancelled=yes; kill -TERM "$ranks"' TERM INT
+trap 'signalled=yes cancelled=yes; kill -USR1 "$ranks"' TERM INT
 code=127
 while signalled=no; do  # wait returns at a signal, too
     wait "$ranks"

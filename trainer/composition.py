@@ -48,10 +48,12 @@ def config_directory() -> Path:
 
 def compose(overrides: Sequence[str], primary: str = MAIN) -> DictConfig:
     """The composition that `python -m trainer *overrides` would run; with another `primary` config file than the
-    trainer's, what that comes to. Raises ConfigError with every mistake."""
+    trainer's, what that comes to. Of Hydra's flags it knows --config-dir. Raises ConfigError with every mistake."""
+    flags = get_args_parser().parse_args(list(overrides))
+    extra = [] if flags.config_dir is None else [_search_path(flags.config_dir)]
     try:
         with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return hydra.compose(primary, overrides=list(overrides))
+            return hydra.compose(primary, overrides=[*extra, *flags.overrides])
     except COMPOSITION_ERRORS as error:
         if primary == MAIN:
             raise _told(error, overrides) from error
@@ -170,10 +172,14 @@ def mistakes(arguments: Sequence[str]) -> tuple[list[str], DictConfig | None]:
     if flags.config_dir is not None:
         if not Path(flags.config_dir).is_dir():
             return [f"--config-dir {flags.config_dir} is no folder."], None
-        extra.append(f"hydra.searchpath=['file://{Path(flags.config_dir).resolve()}']")
+        extra.append(_search_path(flags.config_dir))
     directory = Path(flags.config_path).resolve() if flags.config_path else config_directory()
     with hydra.initialize_config_dir(str(directory), version_base="1.3"):
         return _mistakes(flags.config_name or MAIN, flags.overrides, extra, sweeping=flags.multirun)
+
+
+def _search_path(folder: str) -> str:
+    return f"hydra.searchpath=['file://{Path(folder).resolve()}']"
 
 
 def _mistakes(

@@ -75,9 +75,9 @@ def run(config: Config, overrides: Sequence[str]) -> int:
             for lines in (training.trace, training.quarantine):
                 if lines is not None:
                     lines.close()
-            training.sinks.close(outcome.status)
-            if distributed.rank() == 0:
+            if distributed.rank() == 0:  # before W&B takes its time: a launcher may end what is left of a job
                 training.directory.conclude(outcome.status, outcome.reason, outcome.exit_code)
+            training.sinks.close(outcome.status)
         return outcome.exit_code
 
 

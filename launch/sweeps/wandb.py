@@ -59,7 +59,8 @@ def write(options: SweepOptions, words: Sequence[str]) -> None:
 
 def description(options: SweepOptions, words: Sequence[str]) -> dict[str, Any]:
     """W&B's sweep configuration. Raises ConfigError."""
-    _, place, trained = split_arguments(words)
+    place = [word for word in words if word.startswith("launcher")]
+    trained = split_arguments(words)[2]
     same, swept = axes(["-m", *trained])
     problems = [
         f"{key}={value} is not one of {', '.join(known)}."

@@ -16,7 +16,12 @@ import yaml
 from launch.__main__ import main
 from launch.prepare import submitted
 
-WORDS = ["launcher=kubernetes", "launcher.image=registry/shardwright:1", "launcher.runs_claim=runs", "launcher.gpus=0"]
+WORDS = [
+    "launcher=kubernetes",
+    "launcher.image=registry/shardwright:1",
+    "launcher.runs_claim=runs",
+    "launcher.gpus_per_node=0",
+]
 TINY = ["experiment=digits_mlp", "steps=4", "log.every=2", "logging=[]", "eval.max_samples=32", "eval.final_split=none"]
 
 KUBECTL = """#!{python}
@@ -116,7 +121,7 @@ def test_what_the_cluster_refuses_is_told(kubectl: Path, capsys: pytest.CaptureF
         (["launcher.volumes={data:corpora}"], ["launcher.volumes: data is no place to mount at"]),
         (["launcher.volumes={/runs:corpora}"], ["launcher.volumes: /runs is no place to mount at"]),
         (["launcher.environment={RANK:0}"], ["launcher.environment.RANK is set by the operator"]),
-        (["launcher.memory=10GiB"], ["limits.memory: '10GiB' is no quantity"]),
+        (["launcher.memory_per_node=10GiB"], ["limits.memory: '10GiB' is no quantity"]),
         (["launcher.nodes=0"], ["nodes=0 is below the least possible value, 1"]),
         (["launcher.kind=job"], ["launcher.kind='job' is not one of trainjob"]),
         (

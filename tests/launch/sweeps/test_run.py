@@ -121,7 +121,7 @@ def test_a_real_sweep_on_this_machine(
     """One run on two ranks, one that is refused for a number that cannot be."""
     monkeypatch.chdir(tmp_path)
     words = [*WORDS, "logging=[]", "eval.max_samples=32", "eval.final_split=validation", "batch.global_size=32,33"]
-    assert main(["launcher.processes=2", *words]) == 101
+    assert main(["launcher.ranks=2", *words]) == 101
     states = {row["batch.global_size"]: row["state"] for row in table(Trained(tmp_path / "runs"))}
     assert states == {"32": "finished", "33": "refused"}
     (run,) = (tmp_path / "runs").glob("digits_mlp-*32*")

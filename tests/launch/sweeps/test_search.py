@@ -106,7 +106,7 @@ def test_a_space_that_cannot_be_searched_is_refused_before_any_run(
 
 def test_a_sweep_of_wandb_says_what_to_search_and_what_to_run(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["experiment=quickstart", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "model.d_ff=256,512"]
-    assert main([*words, "schedule=cosine,linear", "schedule.warmup=int(interval(1,9))", "launcher.processes=2"]) == 0
+    assert main([*words, "schedule=cosine,linear", "schedule.warmup=int(interval(1,9))", "launcher.ranks=2"]) == 0
     described = yaml.safe_load(capsys.readouterr().out)
     assert described["parameters"] == {
         "optimizer.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2},
