@@ -61,14 +61,14 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], lis
 
 def launch(options: LaunchOptions, place: Sequence[str], words: Sequence[str]) -> int:
     """Launch what `words` compose (with -m, each of it) as the launcher's words `place` say; returns an exit code."""
-    from launch import prepare
+    from launch import prepare, runs
     from trainer.composition import execute
 
     launcher, part = prepare.make_launcher(place)
 
     def one(composed: DictConfig, overrides: list[str]) -> int:
         job = prepare.make_job(composed, overrides, launcher)
-        prepare.check_free(job)
+        runs.check_free(job)
         files = prepare.files_of(job, launcher, part)
         if not options.dry_run:
             launcher.require()

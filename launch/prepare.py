@@ -18,7 +18,7 @@ import trainer
 from launch.job import Job, Launcher
 from trainer.build import build, part_problems
 from trainer.composition import compose
-from trainer.config import Config, Resume, config_to_dict, differences, to_config
+from trainer.config import Config, Resume, config_to_dict, to_config
 from trainer.errors import CheckpointError, ConfigError, redacted
 from trainer.plan import make_plan
 from trainer.run_directory import RunDirectory
@@ -52,26 +52,6 @@ def make_job(composed: DictConfig, words: Sequence[str], launcher: Launcher) -> 
         config = replace(config, resume=Resume.auto)
     directory = Path(config.runs_dir).absolute() / config.name
     return Job(config.name, directory, tuple(words), replace(config, dry_run=False), Path.cwd())
-
-
-def check_free(job: Job) -> None:
-    """Refuse a name under which something runs or waits already, here or in a queue. Raises CheckpointError, or
-    ConfigError with the difference where what was submitted has another configuration and has not begun yet."""
-    if not (job.folder / "submitted.json").exists():
-        return
-    launcher, handle = submitted(job.folder)
-    if launcher.alive(handle):
-        raise CheckpointError(
-            f"name={job.name}: this run has been started already and has not ended ({said(handle)}). Look at it with"
-            f" python -m launch.status, or stop it: python -m launch.stop run={job.name}"
-        )
-    if not RunDirectory(job.directory).config.exists():
-        changed = differences(frozen_config(job.folder), job.config)
-        if changed:
-            raise ConfigError(
-                f"{job.directory} was submitted with another configuration; choose another name=..., or undo the"
-                " difference:\n  " + "\n  ".join(changed)
-            )
 
 
 def submitted(folder: Path) -> tuple[Launcher, dict[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch import prepare
-from launch.runs import run_directory
+from launch.runs import check_free, run_directory
 from trainer.commands import run_command
 from trainer.run_directory import RunDirectory
 
@@ -36,7 +36,7 @@ def _resume(options: ResumeOptions) -> int:
     os.chdir(job.cwd)  # where relative paths of the launcher's options begin
     launcher, part = prepare.launcher_in(job.folder)
     RunDirectory(job.directory).check(job.config)
-    prepare.check_free(job)
+    check_free(job)
     launcher.require()
     prepare.write(job, prepare.files_of(job, launcher, part))
     return launcher.submit(job)

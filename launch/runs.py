@@ -13,14 +13,16 @@ from typing import Any
 import psutil
 import yaml
 
-from launch.prepare import said, submitted
-from trainer.errors import CheckpointError
-from trainer.guards.heartbeats import read_heartbeats
+from launch.job import Job
+from launch.prepare import frozen_config, said, submitted
+from trainer.config import differences
+from trainer.errors import CheckpointError, ConfigError
+from trainer.guards.heartbeats import Heartbeat, read_heartbeats
 from trainer.impossible import is_run_name
 from trainer.run_directory import RunDirectory
 
 SILENT_SECONDS = 60.0
-"""Without a sign of life of any rank, on a host that cannot be asked, for so long: the run is gone."""
+"""Without a sign of life of rank 0 for so long, where no launcher can be asked: the run is gone."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,26 @@ class RunState:
     def over(self) -> bool:
         """Whether nothing of the run is there any more."""
         return self.state not in ("starting", "running")
+
+
+def check_free(job: Job) -> None:
+    """Refuse a name under which something runs or waits already, here or in a queue. Raises CheckpointError, or
+    ConfigError with the difference where what was submitted has another configuration and has not begun yet."""
+    if not _is_run(job.directory):
+        return
+    now = state_of(job.directory, job.name)
+    if not now.over:
+        raise CheckpointError(
+            f"name={job.name}: this run has been started already and has not ended ({now.state}; {now.place}). Look at"
+            f" it with python -m launch.status, or stop it: python -m launch.stop run={job.name}"
+        )
+    if (job.folder / "submitted.json").exists() and not RunDirectory(job.directory).config.exists():
+        changed = differences(frozen_config(job.folder), job.config)
+        if changed:
+            raise ConfigError(
+                f"{job.directory} was submitted with another configuration; choose another name=..., or undo the"
+                " difference:\n  " + "\n  ".join(changed)
+            )
 
 
 def run_directory(name: str, runs_dir: str) -> Path:
@@ -78,7 +100,8 @@ def state_of(folder: Path, name: str) -> RunState:
             place = str(error)
     beats = [*read_heartbeats(folder / "heartbeats", 1, 0.0).values()]
     if alive is None:
-        alive = any(_may_live(beat.host, beat.pid, beat.beat) for beat in beats if not beat.ended)
+        alive = any(_may_live(beat) for beat in beats if not beat.ended)
+        place = place or "".join(beat.who for beat in beats)
     steps = [beat.step for beat in beats if beat.step is not None and not beat.ended]
     signs = [folder / "status.json", launched, folder / "metrics.jsonl", folder / "heartbeats" / "rank_00000.json"]
     seen = max((path.stat().st_mtime for path in signs if path.exists()), default=folder.stat().st_mtime)
@@ -111,10 +134,9 @@ def _read_status(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _may_live(host: str, pid: int, beat: float) -> bool:
-    if host == socket.gethostname():
-        return bool(psutil.pid_exists(pid))
-    return time.time() - beat < SILENT_SECONDS
+def _may_live(rank: Heartbeat) -> bool:
+    gone = rank.host == socket.gethostname() and not psutil.pid_exists(rank.pid)
+    return not gone and time.time() - rank.beat < SILENT_SECONDS
 
 
 def _steps(folder: Path) -> int | None:

@@ -116,6 +116,7 @@ def test_the_exit_code_is_that_of_the_run(trainer: CommandLine, monkeypatch: pyt
         (["=3"], ["'=3' is no override"]),
         (["batch=3"], ["batch=3 is no mapping of the keys global_size"]),
         (["hydra.foo=1"], ["hydra.foo is no key"]),
+        (["launcher=slurm"], ["launcher is no group of this command", "python -m launch"]),
     ],
 )
 def test_bad_input_is_refused_with_key_value_and_cure(

@@ -266,6 +266,9 @@ def _explain(override: Override, unknown: bool, error: Exception, composed: Dict
         siblings = [name for name in known if parent and name.rpartition(".")[0] == parent]
         listed = f" Keys of {parent}: {', '.join(name.rpartition('.')[2] for name in siblings)}." if siblings else ""
         return f"{text}: {key} is no key of the configuration{did_you_mean(key, {*known, *parents} - {''})}{listed}"
+    if "No match in the defaults list" in str(error):
+        places = "launcher is for python -m launch, cluster for python -m launch.planner"
+        return f"{text}: {key} is no group of this command ({places})."
     if override.is_sweep_override():
         values = str(text).partition("=")[2]
         return f"{text} names several values: write {key}=[{values}] for a list, or add -m to run one job for each."

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import stop
 from launch.__main__ import main
 from launch.job import Job
 from launch.local import Local
@@ -143,8 +144,10 @@ def test_a_restart_of_a_new_run_may_go_on(launch: Launch, started: list[Job]) ->
     assert frozen_config(started[0].folder).resume == "auto"
 
 
-def test_a_strangers_run_names_no_code_to_run(launch: Launch, started: list[Job]) -> None:
+def test_a_strangers_run_names_no_code_to_run(
+    launch: Launch, started: list[Job], capfd: pytest.CaptureFixture[str]
+) -> None:
     launch(*WORDS)
     (started[0].folder / "launcher.yaml").write_text("_target_: os.system\n")
-    code, _, err = launch(*WORDS)
-    assert code == 2 and "names code outside launch: os.system" in err
+    assert stop.main(["run=run"]) == 2
+    assert "names code outside launch: os.system" in capfd.readouterr().err
