@@ -79,12 +79,18 @@ def launch(options: LaunchOptions, place: Sequence[str], words: Sequence[str]) -
             return 0
         return launcher.submit(job)
 
-    if {"-m", "--multirun"} & set(words) and not options.dry_run:
+    many = bool({"-m", "--multirun"} & set(words))
+    if options.sweep != "grid" and (options.dry_run or not many):
+        cure = (
+            "a search finds its runs as it goes; leave dry_run out."
+            if many
+            else "add -m, and keys to search: key=interval(a,b)."
+        )
+        raise ConfigError(f"sweep={options.sweep}: {cure}")
+    if many and not options.dry_run:
         from launch.sweeps.run import run_sweep
 
         return run_sweep(one, words, options.sweep, options.trials)
-    if options.sweep != "grid":
-        raise ConfigError(f"sweep={options.sweep} is for a sweep; add -m, and the keys to search: key=interval(a,b).")
     return execute(one, words)
 
 

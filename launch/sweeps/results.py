@@ -137,7 +137,7 @@ class Table:
             numbers = _numbers(texts)
             places: Sequence[float] = numbers or [sorted(set(texts)).index(text) for text in texts]
             panel.scatter(places, [row.score for row in shown], color="tab:blue")
-            panel.scatter(places[:1], [best.score], color="tab:red", label=f"best: {texts[0]}")
+            panel.scatter(places[:1], [best.score], color="tab:red", label=f"best: {_short(texts[0])}")
             if numbers is None:
                 panel.set_xticks(range(len(set(texts))), sorted(set(texts)))
             elif min(numbers) > 0 and max(numbers) / min(numbers) >= 10:

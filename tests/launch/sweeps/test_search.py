@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.__main__ import main as launch
 from launch.sweeps.run import run_sweep
 from launch.sweeps.wandb import main
 from tests.conftest import find_free_port
@@ -163,3 +164,10 @@ def test_the_agent_of_wandb_runs_a_run_of_its_own_with_the_values_it_was_given(
     assert (config["optimizer"]["lr"], config["model"]["hidden_sizes"]) == (0.125, [8])
     assert (run / "wandb" / "run_id").read_text().strip() == "r1"  # else the agent would wait for another run
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_search_without_a_sweep_or_before_it_runs_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(["sweep=optuna", "experiment=digits_mlp", RATE]) == 2
+    assert "add -m" in capsys.readouterr().err
+    assert launch(["sweep=optuna", "dry_run=true", *SAME, RATE]) == 2
+    assert "leave dry_run out" in capsys.readouterr().err
