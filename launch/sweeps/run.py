@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from launch import runs
+from launch import prepare
 from launch.sweeps.results import Row, Table, read_row
 from trainer.build import part_problems
 from trainer.composition import Axis, axes, execute
@@ -151,13 +151,13 @@ def _is_alive(member: Member) -> bool:
     folder = member.directory.path / "launch"
     if not (folder / "submitted.json").exists():
         return False
-    launcher, handle = runs.submitted(folder)
+    launcher, handle = prepare.submitted(folder)
     return launcher.alive(handle) is True
 
 
 def wait(member: Member) -> None:
     """Wait until a run that was submitted has ended."""
-    launcher, handle = runs.submitted(member.directory.path / "launch")
+    launcher, handle = prepare.submitted(member.directory.path / "launch")
     while member.directory.read_status().get("state") not in _ENDED and launcher.alive(handle) is not False:
         time.sleep(POLL_SECONDS)
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from launch.__main__ import main
-from launch.runs import submitted
+from launch.prepare import submitted
 
 WORDS = [
     "launcher=kubernetes",
