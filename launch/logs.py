@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _logs(options: LogsOptions) -> None:
     directory = run_directory(options.run, options.runs_dir)
     path = _log(directory, options)
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file, suppress(KeyboardInterrupt):
         sys.stdout.writelines(deque(file, maxlen=options.lines))
         while options.follow:
             over = state_of(directory, options.run).over  # asked first: what came before its end is still shown

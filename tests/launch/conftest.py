@@ -20,7 +20,7 @@ from tests.test_elastic import Hosts, hosts  # noqa: F401  # a fixture
 from tests.test_training import curve, samples_by_step, tiny
 
 COMMON = tiny("precision=fp32", "steps=16", "data.trace=true", "logging=[console]")
-DEADLINE = 120  # seconds until a test gives up waiting
+DEADLINE = 200  # seconds until a test gives up waiting
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,10 @@ class Launching:
                     time.sleep(0.02)
                 yield process
             finally:
-                process.kill()
+                if process.poll() is None:
+                    run = next(word for word in words if word.startswith("name=")).replace("name=", "run=")
+                    self(run, "hard=true", module="launch.stop")
+                    process.kill()
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=1,bf_interval=1
 ReturnToService=2
 MailProg=/bin/true
 FirstJobId={first_job}
@@ -53,9 +54,9 @@ class Cluster:
         self.folder = folder
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
-    def call(self, *command: str, env: dict[str, str] | None = None) -> str:
+    def call(self, *command: str) -> str:
         """What a command of Slurm's prints."""
-        done = subprocess.run(command, env=env or self.env, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=SECONDS)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
@@ -63,14 +64,17 @@ class Cluster:
         facts = dict(word.split("=", 1) for word in self.call("scontrol", "show", "job", job).split() if "=" in word)
         return facts["JobState"]
 
-    def wait_for(self, condition: Callable[[], bool], told: Callable[[], str], seconds: float = 120) -> None:
+    def signal(self, job: str, *how: str) -> bool:
+        """Whether scancel could do so; it may come too early or too late."""
+        return (
+            subprocess.run(["scancel", *how, job], env=self.env, capture_output=True, timeout=SECONDS).returncode == 0
+        )
+
+    def wait_for(self, condition: Callable[[], bool], told: Callable[[], str], seconds: float = 200) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, told() + (self.folder / "slurmctld.log").read_text()[-2000:]
             time.sleep(0.1)
-
-    def submit_bash(self, script: Path, *options: str) -> str:
-        return self.call("sbatch", "--parsable", f"--output={script}.out", *options, str(script))
 
 
 @contextmanager

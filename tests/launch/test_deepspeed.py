@@ -76,7 +76,7 @@ def test_hosts_that_ssh_does_not_reach_are_named(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_two_hosts_over_ssh_are_stopped_and_their_run_goes_on_elsewhere(ssh_hosts, launching, whole, tmp_path):
     """`deepspeed` over pdsh and ssh, a rank on each of two hosts; launch.stop, exit code 75; then one rank here."""
     hostfile(tmp_path, "".join(f"{address} slots=1\n" for address in ssh_hosts.addresses))
@@ -88,5 +88,6 @@ def test_two_hosts_over_ssh_are_stopped_and_their_run_goes_on_elsewhere(ssh_host
         assert process.wait(120) == 75, (tmp_path / "launch.log").read_text()
     assert launching.state("moved")["state"] == "preempted"
     assert "2 x cpu" in (tmp_path / "launch.log").read_text()
+    launching.prefix = []  # outside of the two hosts
     launching("launcher=local", *COMMON, "name=moved").check()
     same_as(whole, run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 
 from launch.job import Job
 from launch.slurm import Slurm
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Finished
 from tests.launch.conftest import COMMON, same_as
 from tests.test_survival import last_step
 from trainer.errors import SetupError
@@ -21,15 +23,41 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 
 
 @pytest.fixture
-def on_slurm(cluster, launching):
-    """Launch on the cluster; returns the number of the job."""
-    launching.env["SLURM_CONF"] = cluster.env["SLURM_CONF"]
+def here(cluster, tmp_path, trainer_env, monkeypatch, capfd):
+    """`here("launch.stop", "run=run")`: a command for the cluster in this process, which has paid for its imports."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["launch"])
+    for name in ("SLURM_CONF", "PYTHONPATH"):
+        monkeypatch.setenv(name, {**trainer_env, "SLURM_CONF": cluster.env["SLURM_CONF"]}[name])
+
+    def call(module: str, *words: str) -> Finished:
+        code = importlib.import_module(module).main(words)
+        return Finished(code, *capfd.readouterr(), tmp_path / "runs")
+
+    return call
+
+
+@pytest.fixture
+def on_slurm(here):
+    """Launch two ranks on the cluster; returns the number of the job."""
 
     def launch(*words: str) -> str:
-        done = launching("launcher=slurm", "launcher.ranks_per_node=2", *words).check()
+        done = here("launch.__main__", "launcher=slurm", "launcher.ranks_per_node=2", *words).check()
         return re.search(r"job (\d+)", done.stdout)[1]
 
     return launch
+
+
+def state(here) -> str:
+    """How the run `run` stands, as launch.status tells."""
+    return json.loads(here("launch.status", "run=run", "--json").check().stdout)[0]["state"]
+
+
+def told(cluster, run: Path, job: str, *how: str) -> None:
+    """Signal a job; scancel may have to be asked again, and may have done it though it says that it could not."""
+    cluster.wait_for(
+        lambda: cluster.signal(job, *how) or "Exited with exit code 75" in output(run), lambda: output(run)
+    )
 
 
 def output(run: Path) -> str:
@@ -38,12 +66,12 @@ def output(run: Path) -> str:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_job_is_preempted_requeued_and_goes_on(cluster, on_slurm, whole, tmp_path):
     """Two ranks that srun starts; SIGUSR1 to every process and to the batch script: one save, requeue, resume."""
     run, job = tmp_path / "runs" / "run", on_slurm(*COMMON, "name=run")
     cluster.wait_for(lambda: last_step(run) >= 3, lambda: output(run))
-    cluster.call("scancel", "--signal=USR1", "--full", job)
+    told(cluster, run, job, "--signal=USR1", "--full")
     cluster.wait_for(lambda: cluster.state(job) in ENDED, lambda: output(run))
     assert cluster.state(job) == "COMPLETED", output(run)
     assert "preempted at step" in output(run) and "resuming" in output(run)
@@ -70,17 +98,15 @@ def said(run: Path, rank: int) -> list[str]:
 @pytest.mark.parametrize(
     ("agent", "how"),
     [
-        ("srun", ["--signal=USR1"]),
-        ("srun", ["--signal=USR2", "--full"]),  # to the batch script too, which passes it on
-        ("srun", ["--signal=USR1", "--batch"]),
-        ("torchrun", ["--signal=USR1"]),  # to the agent too, which passes it on
-        ("torchrun", ["--signal=USR2", "--full"]),
+        ("srun", ["--signal=USR1", "--batch"]),  # to the batch script alone, which passes it on
+        ("srun", ["--signal=USR2", "--full"]),  # to all of the step, and to the batch script
+        ("torchrun", ["--signal=USR2", "--full"]),  # to the agent too, which passes it on
     ],
 )
 def test_a_signal_told_by_several_is_one_request(cluster, on_slurm, stand_in, tmp_path, agent, how):
     run, job = tmp_path / "runs" / "run", on_slurm(*stand_in, f"launcher.agent={agent}")
     cluster.wait_for(lambda: all(said(run, rank) for rank in (0, 1)), lambda: output(run))
-    cluster.call("scancel", *how, job)
+    told(cluster, run, job, *how)
     cluster.wait_for(lambda: cluster.state(job) in ENDED, lambda: output(run))
     assert cluster.state(job) == "COMPLETED", output(run)
     for rank in (0, 1):
@@ -90,13 +116,13 @@ def test_a_signal_told_by_several_is_one_request(cluster, on_slurm, stand_in, tm
 
 
 @pytest.mark.dist
-def test_a_cancelled_job_saves_and_does_not_come_back(cluster, on_slurm, stand_in, launching, tmp_path):
+def test_a_cancelled_job_saves_and_does_not_come_back(cluster, on_slurm, stand_in, here, tmp_path):
     """scancel: SIGTERM to the ranks and to the batch script. Nobody asks for a requeue."""
     run, job = tmp_path / "runs" / "run", on_slurm(*stand_in)
     cluster.wait_for(lambda: all(said(run, rank) for rank in (0, 1)), lambda: output(run))
-    assert launching.state("run")["state"] == "starting"  # it has not yet said that it runs
-    cluster.call("scancel", job)
-    cluster.wait_for(lambda: launching.state("run")["state"] == "preempted", lambda: output(run))
+    assert state(here) == "starting"  # it has not yet said that it runs
+    told(cluster, run, job)
+    cluster.wait_for(lambda: state(here) == "preempted", lambda: output(run))
     assert cluster.state(job) == "CANCELLED" and said(run, 1)[-1] == "saved"
 
 
@@ -105,42 +131,41 @@ def test_a_second_signal_later_leaves_at_once(cluster, on_slurm, stand_in, tmp_p
     slow = [stand_in[0].replace("export", "export SAVES_FOR=60"), *stand_in[1:]]
     run, job = tmp_path / "runs" / "run", on_slurm(*slow)
     cluster.wait_for(lambda: all(said(run, rank) for rank in (0, 1)), lambda: output(run))
-    cluster.call("scancel", "--signal=USR1", job)
+    told(cluster, run, job, "--signal=USR1")
 
     def gone() -> bool:
-        cluster.call("scancel", "--signal=USR2", job)
+        cluster.signal(job, "--signal=USR2")
         return cluster.state(job) in ENDED
 
-    cluster.wait_for(gone, lambda: output(run), seconds=30)
+    cluster.wait_for(gone, lambda: output(run))
     assert cluster.state(job) == "FAILED" and "exit code 140" in output(run)  # 128 + SIGUSR2
     assert said(run, 0)[-1] == "saves SIGUSR1"
 
 
 @pytest.mark.dist
-def test_stop_and_resume_through_slurm(cluster, on_slurm, stand_in, launching, tmp_path):
+def test_stop_and_resume_through_slurm(cluster, on_slurm, stand_in, here, tmp_path):
     """launch.stop saves without a requeue; launch.resume submits the same again; a queued job is no free name."""
     run, job = tmp_path / "runs" / "run", on_slurm(*stand_in)
-    refused = launching("launcher=slurm", *stand_in)
+    refused = here("launch.__main__", "launcher=slurm", *stand_in)
     assert refused.returncode == 2 and f"job {job}" in refused.stderr and "has not ended" in refused.stderr
     cluster.wait_for(lambda: all(said(run, rank) for rank in (0, 1)), lambda: output(run))
-    assert "will not be requeued" in launching("run=run", module="launch.stop").check().stdout
-    cluster.wait_for(lambda: launching.state("run")["state"] == "preempted", lambda: output(run))
+    assert "will not be requeued" in here("launch.stop", "run=run").check().stdout
+    cluster.wait_for(lambda: state(here) == "preempted", lambda: output(run))
     assert cluster.state(job) == "FAILED"  # exit code 75
-    again = launching("run=run", module="launch.resume").check()
+    again = here("launch.resume", "run=run").check()
     other = re.search(r"job (\d+)", again.stdout)[1]
     cluster.wait_for(lambda: cluster.state(other) in ENDED, lambda: output(run))
     assert cluster.state(other) == "COMPLETED" and said(run, 0)[-1] == "finishes"
-    assert launching.state("run")["state"] == "finished"
+    assert state(here) == "finished"
 
 
 @pytest.mark.dist
-def test_within_an_allocation_srun_is_waited_for(cluster, stand_in, launching, tmp_path):
+def test_within_an_allocation_srun_is_waited_for(cluster, stand_in, launching, here, tmp_path):
     launching.env["SLURM_CONF"], launching.prefix = cluster.env["SLURM_CONF"], ["salloc", "--quiet", "--ntasks=2"]
     run = tmp_path / "runs" / "run"
     words = ("launcher=slurm", "launcher.ranks_per_node=2", *stand_in)
     with launching.begun(*words, until=lambda: all(said(run, rank) for rank in (0, 1))) as process:
-        launching.prefix = []
-        assert "sent SIGTERM" in launching("run=run", module="launch.stop").check().stdout
+        assert "sent SIGTERM" in here("launch.stop", "run=run").check().stdout
         assert process.wait(60) == 75, (tmp_path / "launch.log").read_text()
     assert [said(run, rank)[-1] for rank in (0, 1)] == ["saved", "saved"]
 
@@ -154,7 +179,7 @@ def test_failures_are_counted_and_an_array_ends_with_its_run(cluster, on_slurm, 
     shutil.rmtree(run)
     job = on_slurm(*stand_in, "launcher.array=5")
     cluster.wait_for(lambda: all(said(run, rank) for rank in (0, 1)), lambda: output(run))
-    cluster.call("scancel", "--signal=USR1", f"{job}_1")
+    told(cluster, run, f"{job}_1", "--signal=USR1")
     cluster.wait_for(lambda: not cluster.call("squeue", "--noheader"), lambda: output(run))
     assert [line.split()[0] for line in said(run, 1)] == ["starts", "saves", "saved", "starts", "finishes"]
     assert len(list((run / "launch").glob("*.out"))) == 2
