@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from trainer.commands import run_command
 from trainer.config import Config
+from trainer.errors import ConfigError
 from trainer.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
 class LaunchOptions:
     """Arguments of `python -m launch` beside those of a launcher and of the trainer.
 
-    dry_run: write and print what would be done, and stop.
+    dry_run: write and print what would be done, and stop; sweep: of the values that -m has, `grid` for all of them, or
+    `optuna` for `trials` that it finds promising.
     """
 
     dry_run: bool = False
+    sweep: str = "grid"
+    trials: int = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Words for this command, for the launcher (a misspelt `launcher` among them), and for the trainer. --config-dir is
     for both of them: it may hold launchers, too."""
-    keys = [entry.name for entry in fields(Config)]
+    keys, own = [entry.name for entry in fields(Config)], [entry.name for entry in fields(LaunchOptions)]
     parts: tuple[list[str], list[str], list[str]] = ([], [], [])
     for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument.startswith("--config-dir"):
@@ -48,7 +52,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], lis
         key = argument.partition("=")[0].lstrip("+~")
         first = key.partition(".")[0]
         misspelt = first not in keys and did_you_mean(first, ["launcher", *keys]) == "; did you mean launcher?"
-        if key == "dry_run" or argument in ("--help", "-h", "debug.traceback=true"):
+        if key in own or argument in ("--help", "-h", "debug.traceback=true"):
             parts[0].append(argument)
         else:
             parts[1 if first == "launcher" or misspelt else 2].append(argument)
@@ -75,6 +79,18 @@ def launch(options: LaunchOptions, place: Sequence[str], words: Sequence[str]) -
             return 0
         return launcher.submit(job)
 
+    many = bool({"-m", "--multirun"} & set(words))
+    if options.sweep != "grid" and (options.dry_run or not many):
+        cure = (
+            "a search finds its runs as it goes; leave dry_run out."
+            if many
+            else "add -m, and keys to search: key=interval(a,b)."
+        )
+        raise ConfigError(f"sweep={options.sweep}: {cure}")
+    if many and not options.dry_run:
+        from launch.sweeps.run import run_sweep
+
+        return run_sweep(one, words, options.sweep, options.trials)
     return execute(one, words)
 
 

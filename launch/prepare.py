@@ -106,12 +106,17 @@ def frozen_config(folder: Path) -> Config:
 def files_of(job: Job, launcher: Launcher, part: Mapping[str, Any]) -> dict[str, str]:
     """Everything that is to be in the job's folder, text by name."""
     return {
-        "train.yaml": yaml.safe_dump({**HYDRA, **config_to_dict(job.config)}, sort_keys=False),
+        "train.yaml": train_yaml(job.config),
         "overrides.yaml": yaml.safe_dump(list(job.words)),
         "launcher.yaml": yaml.safe_dump(dict(part), sort_keys=False),
         "origin.json": json.dumps(origin(job), indent=1) + "\n",
         **launcher.render(job),
     }
+
+
+def train_yaml(config: Config) -> str:
+    """The frozen configuration, as a primary file for the trainer."""
+    return yaml.safe_dump({**HYDRA, **config_to_dict(config)}, sort_keys=False)
 
 
 def write(job: Job, files: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -98,6 +99,48 @@ def completions(line: str) -> list[str]:
     """What the last word of the arguments `line` could become: groups, choices, keys, values, files."""
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
         return BashCompletion(GlobalHydra.instance().config_loader())._query(MAIN, line)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A key of a sweep. choices: its values as one would type them; without any, numbers from `low` to `high`: `whole`
+    ones or not, `log`: evenly on a logarithmic scale."""
+
+    key: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    whole: bool = False
+    log: bool = False
+
+
+def axes(arguments: Sequence[str]) -> tuple[list[str], list[Axis]]:
+    """The words of a command line that are the same in all jobs of its sweep, and the keys that are not, in Hydra's
+    grammar: `a,b`, `choice(a,b)`, `range(1,5)`, `interval(0,1)`, `int(interval(1,8))`, `tag(log,interval(1e-4,1))`.
+
+    Raises ConfigError for words that are no overrides.
+    """
+    same, found = [], []
+    overrides = set(get_args_parser().parse_args(list(arguments)).overrides)
+    for word in arguments:
+        if word not in overrides:
+            same.append(word)
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException as error:
+            raise _told(error, arguments) from error
+        values = override.value()
+        if override.is_discrete_sweep():
+            found.append(Axis(override.get_key_element(), tuple(override.sweep_string_iterator())))
+        elif isinstance(values, IntervalSweep):
+            low, high = values.start, values.end
+            assert low is not None and high is not None
+            whole = isinstance(low, int) and isinstance(high, int)
+            found.append(Axis(override.get_key_element(), (), low, high, whole, "log" in values.tags))
+        else:
+            same.append(word)
+    return same, found
 
 
 def _named(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:

@@ -163,11 +163,13 @@ def _netrc_has_key() -> bool:
 
 
 def _run_id(directory: Path) -> str:
-    """The id of this run's W&B run: read, or made and written before it is used."""
+    """The id of this run's W&B run: read, or made and written before it is used. The agent of a sweep knows it before
+    we do, and tells it."""
     path = directory / RUN_ID_FILE
     if path.exists() and re.fullmatch(r"[\w-]+", known := path.read_text(errors="replace").strip(), re.ASCII):
         return known
-    run_id = uuid.uuid4().hex[:12]
+    told = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    run_id = told or uuid.uuid4().hex[:12]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(run_id + "\n")
     return run_id
