@@ -11,17 +11,18 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from launch.prepare import make_launcher
 from trainer.build import part_problems
 from trainer.commands import parse_options
-from trainer.composition import compose
+from trainer.composition import axes, compose
 from trainer.config import to_config
 from trainer.errors import ConfigError
-from trainer.inspect.__main__ import split_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -89,19 +90,37 @@ def test_a_command_of_the_documentation_is_accepted(command: Command) -> None:
         assert program == "bash" or all(f'"{option}"' in text or f'"{option[2:]}"' in text for option in options)
         return
     module, arguments = split(rest)
-    if module is None:
-        return  # only options of torchrun or deepspeed are spoken of
     if module == "trainer":
         accept(arguments, command.refused)
-    elif module == "trainer.inspect":
-        own, words = split_arguments(arguments)
-        parse_options(options_of("trainer.inspect.__main__"), own)
-        if words:
-            accept(words, refused=False)
-    elif arguments:
-        parse_options(options_of(module), arguments)
-    else:
-        assert importlib.util.find_spec(module) is not None
+    elif module is not None:  # else only options of torchrun or deepspeed are spoken of
+        accept_of(module, arguments)
+
+
+def accept_of(module: str, arguments: list[str]) -> None:
+    """A command with options of its own, perhaps beside words for a launcher and for the trainer."""
+    spec = importlib.util.find_spec(f"{module}.__main__") if is_package(module) else importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    flags = [word for word in arguments if word.startswith("--")]
+    assert all(f'"{flag}"' in source for flag in flags), flags
+    found = vars(importlib.import_module(spec.name))
+    options = [value for name, value in found.items() if name.endswith("Options") and is_dataclass(value)]
+    keys = {entry.name for one in options[:1] for entry in fields(one)}
+    words = [word for word in arguments if word not in flags]
+    own = [word for word in words if word.partition("=")[0] in keys]
+    place = [word for word in words if word.startswith("launcher")]
+    rest = [word for word in words if word not in own and word not in place]
+    if options and own:
+        parse_options(options[0], own)
+    if place:
+        make_launcher(place)
+    if rest:
+        accept(rest, refused=False)
+
+
+def is_package(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.submodule_search_locations is not None
 
 
 def split(words: list[str]) -> tuple[str | None, list[str]]:
@@ -113,26 +132,15 @@ def split(words: list[str]) -> tuple[str | None, list[str]]:
     return None, []
 
 
-def options_of(module: str) -> type:
-    """The dataclass of a command's arguments, which stands in its module or its `__main__`."""
-    try:
-        found = importlib.import_module(f"{module}.__main__")
-    except ModuleNotFoundError:
-        found = importlib.import_module(module)
-    options = [value for name, value in vars(found).items() if name.endswith("Options")]
-    assert len(options) == 1, f"{module}: {options}"
-    return options[0]
-
-
 def accept(words: list[str], refused: bool) -> None:
     """Compose and check as a run would; a sweep by the first value of each key."""
     if "--help" in words:
         return
-    sweeping = "-m" in words
     flags = ("-m", "--cfg", "job", "--resolve")
     filled = [re.sub(r"=\.\.\.$", "=1", word) for word in words if word not in flags]
-    if sweeping:
-        filled = [word.split(",")[0] if "[" not in word else word for word in filled]
+    if "-m" in words or "interval(" in " ".join(words):
+        same, keys = axes(filled)
+        filled = [*same, *(f"{axis.key}={axis.choices[0] if axis.choices else axis.low}" for axis in keys)]
     if not any(word.startswith("experiment=") for word in filled):
         filled += [f"{key}=1" for key in ("steps", "batch.global_size") if not any(key in word for word in filled)]
         filled += [] if any(word.startswith("name=") for word in filled) else ["name=mine"]
