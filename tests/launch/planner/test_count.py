@@ -25,7 +25,7 @@ T5 = (
     "model.encoder_layers=3", "model.decoder_layers=3", "tokenizer.vocab_size=8000", "task.max_target_length=128",
     "batch.global_size=64", "batch.micro_tokens=null", "batch.micro_size=8",
 )  # fmt: skip
-ENCODER = ("experiment=bert_masked_lm", "model.d_model=256", "model.d_ff=1024", "batch.global_size=64",
+ENCODER = ("experiment=bert_masked_lm", "model.d_model=256", "model.d_ff=1024", "batch.global_size=128",
            "batch.micro_size=16", "task.sequence_length=128")  # fmt: skip
 LARGE = ("experiment=decoder_7b_zero3", "model.num_layers=2", "batch.global_size=128")
 
