@@ -219,6 +219,10 @@ def _owners(engine: Any) -> dict[int, str]:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
             kinds.setdefault(key_of(tensor), kind)
 
+    hanging = list(_hanging_on(engine))
+    for name, tensor in hanging:
+        if name == "buffer":  # of DeepSpeed's buckets, of which gradients of parameters are views for a while
+            mark("buffers of collectives", tensor)
     for parameter in engine.module.parameters():
         mark("parameters", getattr(parameter, "ds_tensor", parameter))
     for parameter in engine.module.parameters():
@@ -232,11 +236,9 @@ def _owners(engine: Any) -> dict[int, str]:
         for master in group["params"]:
             mark("masters", master)
             mark("gradients", master.grad)
-    for name, tensor in _hanging_on(engine):
+    for name, tensor in hanging:
         told = name.lower()
-        if told == "buffer":  # of DeepSpeed's buckets
-            mark("buffers of collectives", tensor)
-        elif "grad" in told or "_sum" in told:
+        if "grad" in told or "_sum" in told:
             mark("gradients", tensor)
         else:
             mark("masters" if "fp32" in told or "master" in told else "other", tensor)

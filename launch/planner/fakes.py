@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer import cross_entropy, distributed
-from trainer.models import attention, decoder, layers, positions
+from trainer.models import attention, decoder, layers
 
 _aten: Any = torch.ops.aten
 
@@ -63,9 +64,12 @@ def _apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool
 
 
 def _forget_tables() -> None:
-    for function in vars(positions).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
+    """Positions, masks and the like that modules of ours keep from call to call."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("trainer.models"):
+            for function in list(vars(module).values()):
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -76,9 +77,10 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if operation is torch.ops.prim.device.default:
             return operation(*arguments)
-        if operation is _aten._local_scalar_dense.default:
+        fake = bool(arguments) and isinstance(arguments[0], FakeTensor)
+        if fake and operation is _aten._local_scalar_dense.default:
             return _answer(arguments[0])
-        if operation is _aten.nonzero.default:
+        if fake and operation is _aten.nonzero.default:
             places, dimensions = arguments[0].numel(), arguments[0].dim()
             found = arguments[0].new_empty((round(places * self._target_fraction), dimensions), dtype=torch.int64)
             self._see(found)

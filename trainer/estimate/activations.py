@@ -152,6 +152,8 @@ def again_bytes(shape: Shape, layout: Layout) -> float:
 
 
 def embedded_bytes(shape: Shape, layout: Layout) -> float:
-    """Outside the layers: embedded sequences, final norms, and the hidden states that the head reads."""
+    """Outside the layers: embedded sequences, final norms, and the hidden states that the head reads; of a masked
+    language model also its dense layer, the activation and the norm before the head."""
     width = 4.0 if layout.precision == "fp32" else 2.0
-    return 3 * width * shape.d_model * sum(stack.positions for stack in stacks(shape, layout))
+    transforms = shape.vocab_size > 0 and not shape.decoder_layers and not shape.classifies
+    return (6 if transforms else 3) * width * shape.d_model * sum(stack.positions for stack in stacks(shape, layout))

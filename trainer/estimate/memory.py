@@ -163,8 +163,8 @@ def _own_moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -
     flat = stage == 1 and layout.precision != "fp32"
     bucket = (0.0, "none") if not stage or flat else (_buffers(layout, local, cluster), "elements of a bucket x bytes")
     each = system.arriving * shape.trained
-    first = each * shape.embedding, "bytes x parameters of the head"
-    last = (each * local.parameters, "bytes x parameters of the rank") if not stage or flat else first
+    first = (0.0, "none: they are held") if flat else (each * shape.embedding, "bytes x parameters of the head")
+    last = (each * local.parameters, "bytes x parameters of the rank") if not stage else (0.0, "none: they are held")
     reducing = (
         6.0 * min(shape.trained * local.parameters, system.bucket_elements),
         "(4 + 2) x min(parameters, elements of a bucket)",
@@ -172,7 +172,7 @@ def _own_moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -
     return [
         _Moment(kept, 0.0, logits, buffers=bucket if stage == 3 else (0.0, "none: they come later")),
         _Moment(kept + width * _head_positions(shape, layout) * shape.d_model, 0.0, 0.0, first, bucket),
-        _Moment(kept, again, 0.0, first if not stage or flat else (0.0, "none: in the bucket"), bucket),
+        _Moment(kept, again, 0.0, first if not stage else (0.0, "none: in the bucket"), bucket),
         _Moment(outside, again, 0.0, last, bucket),
         *([_Moment(outside, 0.0, 0.0, last, reducing)] if flat else []),
     ]

@@ -338,7 +338,7 @@ def _system(config: Config, plan: RunPlan) -> System:
     zero, narrow = plan.engine == "zero", plan.precision != "fp32"
     width = 2.0 if narrow else 4.0
     fused = not config.model["_target_"].endswith((".LSTMSeq2Seq", ".HFModel"))
-    gradient = 4.0 if plan.precision == "bf16" or plan.zero_stage < 2 else width
+    gradient = {0: 4.0, 1: 6.0 if narrow else 4.0}.get(plan.zero_stage, 4.0 if plan.precision == "bf16" else width)
     return System(
         working=width,
         held=width,
