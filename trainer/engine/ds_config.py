@@ -23,7 +23,7 @@ def make_ds_config(plan: RunPlan) -> dict[str, Any]:
         return {}
     zero: dict[str, Any] = {
         "stage": plan.zero_stage,
-        "overlap_comm": False,  # set to True by `trainer.engine.zero` where there are streams to overlap on
+        "overlap_comm": False,  # for GPUs too, until it has been measured on one
         "contiguous_gradients": True,
     }
     if plan.offload_optimizer != "none":
