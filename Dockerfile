@@ -1,6 +1,6 @@
 # Everything of requirements.lock and this project: docker build -t shardwright .
 #   docker run --rm shardwright python -m trainer experiment=digits_mlp logging=[console]
-#   docker run --rm --gpus all --shm-size 16g -v "$PWD/runs:/work/runs" shardwright torchrun --nproc_per_node=8 -m trainer experiment=...
+#   docker run --rm --gpus all --shm-size 16g -v "$PWD/runs:/shardwright/runs" shardwright torchrun --nproc_per_node=8 -m trainer experiment=...
 # The lock has the version of torch; the index decides on its build:
 #   docker build --build-arg PIP_INDEX_URL=... --build-arg PIP_EXTRA_INDEX_URL=... .
 FROM python:3.11-slim
@@ -23,5 +23,5 @@ COPY scripts scripts
 COPY trainer trainer
 RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 
-WORKDIR /work
+WORKDIR /shardwright
 CMD ["python", "-m", "trainer", "--help"]

@@ -137,9 +137,7 @@ def every_rank(flag: bool) -> bool:
     return all_reduce_max([0.0 if flag else 1.0]) == [0.0]
 
 
-def _all_reduce(
-    values: Sequence[float], operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> list[float]:
+def _all_reduce(values: Sequence[float], operation: _Operation) -> list[float]:
     """Recursive doubling (Thakur et al. 2005, section 4.3): 2 + log2(ranks) messages one after the other, where gloo's
     ring, made for large tensors, sends 2 x ranks. `operation` commutes, so all ranks get the same bits."""
     if world_size() == 1:

@@ -6,11 +6,12 @@ import ctypes
 import os
 import platform
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc, malloc.h
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc, malloc.h
 
 _MANY_FILES = 1 << 16
 
@@ -44,17 +45,52 @@ def keep_freed_memory() -> None:
 
 
 def memory_limit() -> int:
-    """Bytes that all processes of this job may have together on this host: its memory, or less where the control group
-    (a container, a Slurm job) allows less."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    paths = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers in ("", "memory"):
-                file = "memory.limit_in_bytes" if controllers else "memory.max"
-                paths.append(Path(f"/sys/fs/cgroup/{controllers}/{group}/{file}"))
-    for path in paths:
-        with suppress(OSError, ValueError):  # "max" where there is no limit
-            limits.append(int(path.read_text()))
-    return min(limits)
+    """Bytes that all processes of this job may have together on this host: its memory, or less where a control group (a
+    container, a Slurm job) allows less."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(physical, granted_memory() or physical)
+
+
+def granted_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int | None:
+    """Bytes that this process's control groups (version 1 or 2) grant, the least on the way up; None: no limit."""
+    limits = []
+    for folder in control_groups("memory", root, membership):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = read_or_empty(folder / name)
+            if text.isdigit() and int(text) < 2**60:  # version 1 says "no limit" by a number near 2^63
+                limits.append(int(text))
+    return min(limits, default=None)
+
+
+def group_oom_kills(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int | None:
+    """Processes of this process's own control group that the system has killed for want of memory; None: none can say.
+    A container that does not see its group sees the tree's root as its own."""
+    groups = list(control_groups("memory", root, membership))
+    for folder in (*groups[:1], *groups[-1:], root):
+        text = "\n".join(read_or_empty(folder / name) for name in ("memory.events", "memory.oom_control"))
+        for line in text.splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
+def control_groups(controller: str, root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[Path]:
+    """Folders of the control groups that `controller` holds this process in, the innermost first."""
+    for line in read_or_empty(membership).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        tree = root / controller if controllers else root  # no name: version 2, one tree for all
+        folder = tree / path.lstrip("/")
+        while folder != tree:
+            yield folder  # a container may not see it; then it cannot be read
+            folder = folder.parent
+        yield tree
+
+
+def read_or_empty(path: Path) -> str:
+    """What a file of the system says; nothing where it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

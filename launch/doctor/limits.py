@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.doctor.findings import Finding, gigabytes, ok, problem, skipped, warning
+from trainer.host import CGROUPS, MEMBERSHIP, control_groups, granted_memory, group_oom_kills, read_or_empty
 
-_CGROUPS = Path("/sys/fs/cgroup")
 _LEAST_SHARED, _GOOD_SHARED = 100e6, 1e9
 """Bytes. Docker's default of 64 MB breaks NCCL and loaders: ranks and workers pass batches and rings through it."""
 
@@ -95,11 +95,11 @@ def _limit(value: int) -> str:
 
 def memory() -> list[Finding]:
     """Memory of the host, and what its control group grants of it."""
-    facts = dict(line.split(":") for line in _read(Path("/proc/meminfo")).splitlines())
+    facts = dict(line.split(":") for line in read_or_empty(Path("/proc/meminfo")).splitlines())
     if "MemAvailable" not in facts:
         return [skipped("memory", "there is no /proc/meminfo to read")]
     host, free = (1024 * int(facts[key].split()[0]) for key in ("MemTotal", "MemAvailable"))
-    limit, killed = memory_limit(), kills()
+    limit, killed = granted_memory(), group_oom_kills() or 0
     seen = f"{gigabytes(free)} free of {gigabytes(host)}"
     cure = (
         "give the container or job more (docker --memory, Kubernetes resources.limits.memory, sbatch --mem), or plan"
@@ -113,45 +113,6 @@ def memory() -> list[Finding]:
     if least < 2e9:
         return [problem("memory", seen, cure)]
     return [warning("memory", seen, cure) if limit is not None and limit < 0.5 * host else ok("memory", seen)]
-
-
-def memory_limit(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes that this process's control groups (version 1 or 2) grant, the least on the way up; None: no limit."""
-    limits = []
-    for folder in _groups("memory", root, membership):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            text = _read(folder / name)
-            if text.isdigit() and int(text) < 2**60:  # version 1 says "no limit" by a number near 2^63
-                limits.append(int(text))
-    return min(limits, default=None)
-
-
-def kills(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Processes of this process's own control group that the system has killed for want of memory."""
-    folder = next(_groups("memory", root, membership), root)
-    lines = (_read(folder / "memory.events") + "\n" + _read(folder / "memory.oom_control")).splitlines()
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
-
-
-def _groups(controller: str, root: Path, membership: Path) -> Iterator[Path]:
-    """Folders of the control groups that `controller` holds this process in, the innermost first."""
-    for line in _read(membership).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        tree = root / controller if controllers else root  # no name: version 2, one tree for all
-        folder = tree / path.lstrip("/")
-        while folder != tree:
-            yield folder  # a container may not see it; then it cannot be read
-            folder = folder.parent
-        yield tree
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 def processors() -> list[Finding]:
@@ -173,13 +134,13 @@ def processors() -> list[Finding]:
     return [ok("processors", seen)]
 
 
-def processor_quota(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> float | None:
+def processor_quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
     """Processors' worth of time that this process's control groups grant, the least; None: no limit."""
     quotas = []
-    for folder in _groups("cpu", root, membership):
-        words = _read(folder / "cpu.max").split() or [
-            _read(folder / "cpu.cfs_quota_us"),
-            _read(folder / "cpu.cfs_period_us"),
+    for folder in control_groups("cpu", root, membership):
+        words = read_or_empty(folder / "cpu.max").split() or [
+            read_or_empty(folder / "cpu.cfs_quota_us"),
+            read_or_empty(folder / "cpu.cfs_period_us"),
         ]
         if all(word.isdigit() for word in words) and len(words) == 2:  # "max" and -1 are no limit
             quotas.append(int(words[0]) / int(words[1]))

@@ -219,7 +219,7 @@ def _owners(engine: Any) -> dict[int, str]:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
             kinds.setdefault(key_of(tensor), kind)
 
-    hanging = list(_hanging_on(engine))
+    hanging = list(hanging_on(engine))
     for name, tensor in hanging:
         if name == "buffer":  # of DeepSpeed's buckets, of which gradients of parameters are views for a while
             mark("buffers of collectives", tensor)
@@ -245,7 +245,7 @@ def _owners(engine: Any) -> dict[int, str]:
     return kinds
 
 
-def _hanging_on(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+def hanging_on(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Tensors in an object's attributes and their containers, with the last attribute's name."""
     import torch
 
@@ -253,13 +253,13 @@ def _hanging_on(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[st
         yield name, value
     elif isinstance(value, Mapping):
         for part in list(value.values()):
-            yield from _hanging_on(part, name, depth)
+            yield from hanging_on(part, name, depth)
     elif isinstance(value, list | tuple | set):
         for part in list(value):
-            yield from _hanging_on(part, name, depth)
+            yield from hanging_on(part, name, depth)
     elif depth < 3 and hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module | type):
         for attribute, part in list(vars(value).items()):
-            yield from _hanging_on(part, attribute, depth + 1)
+            yield from hanging_on(part, attribute, depth + 1)
 
 
 def table(found: Count) -> str:

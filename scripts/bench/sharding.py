@@ -35,6 +35,8 @@ from typing import Any
 
 import torch
 
+from launch.planner.count import hanging_on
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_BYTES = 8 * 10**9
 WORDS = (
@@ -73,21 +75,12 @@ def storage_of(tensor: torch.Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.nbytes()
 
 
-def named_tensors(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that hang on an object, in its attributes and their containers, with the last attribute's name."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-        if value.grad is not None:
-            yield "grad", value.grad
-    elif isinstance(value, Mapping):
-        for part in list(value.values()):
-            yield from named_tensors(part, name, depth)
-    elif isinstance(value, list | tuple | set):
-        for part in list(value):
-            yield from named_tensors(part, name, depth)
-    elif depth < 3 and hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module | type):
-        for attribute, part in list(vars(value).items()):
-            yield from named_tensors(part, attribute, depth + 1)
+def named_tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that hang on an object, with the last attribute's name, and their gradients."""
+    for attribute, tensor in hanging_on(value, name):
+        yield attribute, tensor
+        if tensor.grad is not None:
+            yield "grad", tensor.grad
 
 
 def held(engine: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainer.host import group_oom_kills, read_or_empty
+
 _ORDER = ("start-up", "data", "agree", "forward", "reduce", "optimizer", "commit", "log", "evaluate", "save")
 """Sections in the order in which a step passes through them; backward takes turns with forward."""
 
@@ -195,16 +197,7 @@ def memory() -> tuple[int, int, int]:
 def oom_kills() -> int:
     """Processes that the kernel has killed for a lack of memory so far: in this process's control group, or, where that
     cannot be read, on this host."""
-    paths = [Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control")]
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers in ("", "memory"):
-                file = "memory.oom_control" if controllers else "memory.events"
-                paths.insert(0, Path(f"/sys/fs/cgroup/{controllers}/{group}/{file}"))
-    for path in (*paths, Path("/proc/vmstat")):
-        with suppress(OSError, ValueError):
-            counts = dict(line.split()[:2] for line in path.read_text().splitlines() if len(line.split()) == 2)
-            if "oom_kill" in counts:
-                return int(counts["oom_kill"])
-    return 0
+    if (killed := group_oom_kills()) is not None:
+        return killed
+    counts = dict(line.split() for line in read_or_empty(Path("/proc/vmstat")).splitlines())
+    return int(counts.get("oom_kill", 0))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.doctor.limits import kills, memory_limit, processor_quota
+from launch.doctor.limits import processor_quota
 from tests.launch.doctor.examine import examine, own_mounts
+from trainer.host import granted_memory, group_oom_kills
 
 
 def test_a_tiny_dev_shm_is_a_problem():
@@ -53,8 +54,8 @@ def test_control_groups_of_version_2(tmp_path):
     write(tmp_path / "job", memory__max="4294967296\n", cpu__max="150000 100000\n")
     write(tmp_path / "job/step", memory__max="max\n", cpu__max="max 100000\n")
     write(tmp_path / "job/step", memory__events="low 0\nhigh 0\nmax 9\noom 3\noom_kill 2\noom_group_kill 0\n")
-    assert memory_limit(tmp_path, membership) == 4 << 30
-    assert kills(tmp_path, membership) == 2
+    assert granted_memory(tmp_path, membership) == 4 << 30
+    assert group_oom_kills(tmp_path, membership) == 2
     assert processor_quota(tmp_path, membership) == 1.5
 
 
@@ -68,13 +69,13 @@ def test_control_groups_of_version_1(tmp_path):
         memory__oom_control="under_oom 0\noom_kill 1\n",
     )
     write(tmp_path / "cpu/docker/abc", cpu__cfs_quota_us="50000\n", cpu__cfs_period_us="100000\n")
-    assert memory_limit(tmp_path, membership) == 1 << 30
-    assert kills(tmp_path, membership) == 1
+    assert granted_memory(tmp_path, membership) == 1 << 30
+    assert group_oom_kills(tmp_path, membership) == 1
     assert processor_quota(tmp_path, membership) == 0.5
 
 
 def test_without_control_groups_there_is_no_limit(tmp_path):
-    assert memory_limit(tmp_path, tmp_path / "none") is None and kills(tmp_path, tmp_path / "none") == 0
+    assert granted_memory(tmp_path, tmp_path / "none") is None and group_oom_kills(tmp_path, tmp_path / "none") is None
 
 
 def test_a_real_control_group(tmp_path):
