@@ -232,7 +232,10 @@ def _learn(
     Dropout is a pure function of (seed, step, rank), so a resumed run draws what an uninterrupted one would have drawn;
     ranks that share matrices draw the same.
     """
-    torch.manual_seed(hash((training.config.seed, state.step, training.layout.shard_rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+    seed = hash((training.config.seed, state.step, training.layout.shard_rank)) & 0x7FFF_FFFF_FFFF_FFFF
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace for each accelerator not there
+    if distributed.device().type == "cuda":
+        torch.cuda.manual_seed(seed)
     loss_sum = torch.zeros((), device=distributed.device())
     for index, micro_batch in enumerate(_even(batch.micro_batches, totals.micro_batches, training.blank)):
         sections.enter("forward", state.step + 1)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.models import attention
-from trainer.models.attention import PackedMask, attend, packed_mask, padding_bias, segment_bias
+from trainer.models.attention import attend
+from trainer.models.segments import Bias, PackedMask, SegmentGrids, packed_mask, padding_bias, segment_bias
 
 SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
 LENGTH = SEGMENTS.shape[1]
@@ -99,8 +102,59 @@ def test_the_mask_of_the_blocks_is_the_bias():
     assert mask.blocks.shape[-2:] == (LENGTH, LENGTH) and mask.bias(torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_on_a_cpu_packed_rows_take_the_bias():
-    assert torch.equal(packed_mask(SEGMENTS, torch.float32), bias_named("packed"))
+rows = st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=4)
+
+
+def segments_of(lengths: list[list[int]], width: int) -> torch.Tensor:
+    """Rows of segments so long, padded to `width`; a segment of length 0 is not there."""
+    ids = torch.zeros(len(lengths), width, dtype=torch.int64)
+    for row, parts in zip(ids, lengths, strict=True):
+        held = torch.repeat_interleave(torch.arange(1, len(parts) + 1), torch.tensor(parts, dtype=torch.int64))
+        row[: len(held)] = held
+    return ids
+
+
+@given(lengths=rows, causal=st.booleans(), cross=st.booleans(), grouped=st.booleans(), slots=st.sampled_from([1, 20]))
+def test_lines_of_packed_rows_and_their_gradients_equal_the_bias(lengths, causal, cross, grouped, slots):
+    """Whatever the lengths, in as many grids as may be; cross-attention sees a source of another length, or none."""
+    queries = segments_of(lengths, 60)
+    keys = queries
+    if cross:
+        causal = False
+        keys = segments_of([[(3 * n + at) % 10 for at, n in enumerate(row)] for row in lengths], 55)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SegmentGrids, "SLOTS", slots)
+        lines = packed_mask(queries, keys, torch.float32, causal)
+    assert isinstance(lines, SegmentGrids) or not torch.isin(queries[queries > 0], keys).any()
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(len(queries), 4, 60, 8, generator=generator).requires_grad_()
+    k, v = (
+        torch.randn(len(keys), 2 if grouped else 4, keys.shape[1], 8, generator=generator).requires_grad_()
+        for _ in range(2)
+    )
+    known = queries > 0
+    for row in range(len(queries)):
+        known[row] &= torch.isin(queries[row], keys[row])
+    upstream = torch.randn(len(queries), 60, 32, generator=generator) * known[:, :, None]
+
+    def results(bias: Bias) -> list[torch.Tensor]:
+        out = attend(q, k, v, bias, False, 0.0, 0.3)
+        return [out * known[:, :, None], *torch.autograd.grad(out, (q, k, v), upstream)]
+
+    bias = segment_bias(queries, keys, torch.float32, causal)
+    for value, expected in zip(results(lines), results(bias), strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+    if isinstance(lines, SegmentGrids):
+        assert not attend(q, k, v, lines, False, 0.0, 0.3)[~known].any()
+
+
+def test_lines_hold_little_but_segments():
+    """Documents of very different lengths in rows of 512 positions: half of all pairs are left out."""
+    lengths = [[300, 100, 60, 50, 2], [512], [20] * 25, [256, 128, 64, 32, 16, 8, 4, 2]] * 4
+    grids = packed_mask(*[segments_of(lengths, 512)] * 2, torch.float32, causal=True).grids
+    assert sum(grid.lines * grid.queries for grid in grids) <= 1.1 * 16 * 512
+    assert sum(grid.lines * grid.queries**2 for grid in grids) <= 0.5 * 16 * 512**2
+    assert len(grids) <= 6
 
 
 def test_most_blocks_of_long_packed_rows_are_skipped():
@@ -115,7 +169,8 @@ def test_the_kernel_for_gpus_and_its_gradients_equal_the_plain_formula(num_kv_he
     q, k, v = inputs(num_kv_heads)
     bias = bias_named("packed")
     upstream = torch.randn(2, LENGTH, 64, generator=torch.Generator().manual_seed(2))
-    mask = packed_mask(SEGMENTS.cuda(), torch.float32)
+    segments = SEGMENTS.cuda()
+    mask = packed_mask(segments, segments, torch.float32, causal=True)
     assert isinstance(mask, PackedMask)
     found = attend(q.cuda(), k.cuda(), v.cuda(), mask, False, 0.0, 0.3)
     expected = formula(q, k, v, bias, False, 0.3)

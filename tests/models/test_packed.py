@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models.test_encoder_decoder import BART, T5
-from trainer.models.attention import masked_score, segment_bias
 from trainer.models.decoder import Decoder
 from trainer.models.encoder_decoder import EncoderDecoder
+from trainer.models.segments import masked_score, segment_bias
 from trainer.tasks import Encoded
 from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.translation import Translation

@@ -14,33 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from trainer.models.cache import KeyValueCache
 from trainer.models.layers import Projection, RMSNorm, dropout
 from trainer.models.positions import rotate
-
-
-def masked_score(dtype: torch.dtype) -> float:
-    """What is added to the score of a position that must not be seen.
-
-    Finite, so that a row with nothing to see averages over everything instead of giving NaN; half of the lowest number,
-    so that adding a score cannot overflow.
-    """
-    return torch.finfo(dtype).min / 2
-
-
-def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, K] bool (True = real token) -> [B, 1, 1, K] to add to scores; made once, used by every layer."""
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(~mask, masked_score(dtype))[:, None, None, :]
-
-
-def segment_bias(queries: Tensor, keys: Tensor, dtype: torch.dtype, causal: bool = False) -> Tensor:
-    """Segment ids [B, Q] and [B, K] int64 -> [B, 1, Q, K] to add to scores: zero within a segment, else `masked_score`.
-
-    Padding (0) sees only padding. With `causal`, Q = K and keys after the query are masked too.
-    """
-    hidden = queries[:, :, None] != keys[:, None, :]
-    if causal:
-        hidden |= torch.ones(hidden.shape[1:], dtype=torch.bool, device=hidden.device).triu(1)
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-    return bias.masked_fill_(hidden, masked_score(dtype))[:, None]
+from trainer.models.segments import Bias, PackedMask, SegmentGrids, masked_score
 
 
 def causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -54,48 +28,29 @@ def _causal_table(length: int, dtype: torch.dtype, device: torch.device) -> Tens
         return torch.full((length, length), masked_score(dtype), dtype=dtype, device=device).triu(1)
 
 
-class PackedMask:
-    """What keeps the samples of packed rows apart, and the future unseen, for FlexAttention (Dong et al. 2024).
-
-    segments [B, T] as for `segment_bias`, whose causal bias it stands for: its blocks of 128 x 128 pairs, of which most
-    are skipped, replace [B, 1, T, T] numbers.
-    """
-
-    def __init__(self, segments: Tensor) -> None:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (segments[row, query] == segments[row, key]) & (key <= query)
-
-        batch, length = segments.shape
-        self.sees = sees
-        self.blocks = create_block_mask(sees, batch, None, length, length, device=str(segments.device))
-        self._segments = segments
-        self._bias: Tensor | None = None
-
-    def bias(self, dtype: torch.dtype) -> Tensor:
-        """The numbers, made once, for where FlexAttention does not go."""
-        if self._bias is None or self._bias.dtype != dtype:
-            self._bias = segment_bias(self._segments, self._segments, dtype, causal=True)
-        return self._bias
-
-
-Bias = Tensor | PackedMask
-
-
-def packed_mask(segments: Tensor, dtype: torch.dtype) -> Bias:
-    """What hides other samples and the future in packed rows: blocks on a GPU; on a CPU, and where the whole model is
-    compiled, a bias."""
-    if segments.device.type == "cuda" and not torch.compiler.is_compiling():
-        return PackedMask(segments)
-    return segment_bias(segments, segments, dtype, causal=True)
-
-
 @lru_cache(maxsize=1)
 def _compiled_flex_attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
+
+
+def _attend_in_lines(q: Tensor, k: Tensor, v: Tensor, segments: SegmentGrids, dropout_p: float, scale: float) -> Tensor:
+    """`attend` of each grid of segments by itself."""
+    (batch, _, length, head_dim), sides = q.shape, (segments.queries, segments.keys, segments.keys)
+    q, k, v = (
+        side.to_slots(x.transpose(1, 2).flatten(0, 1).flatten(1)) for x, side in zip((q, k, v), sides, strict=True)
+    )
+
+    def lines(slots: Tensor, first: int, number: int, width: int) -> Tensor:
+        return slots[first : first + number * width].view(number, width, -1, head_dim).transpose(1, 2)
+
+    done = []
+    for grid in segments.grids:
+        asking = lines(q, grid.first_query, grid.lines, grid.queries)
+        keys, values = (lines(x, grid.first_key, grid.lines, grid.keys) for x in (k, v))
+        done.append(attend(asking, keys, values, grid.bias, segments.causal, dropout_p, scale).flatten(0, 1))
+    return segments.queries.to_rows(torch.cat(done)).view(batch, length, -1)
 
 
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, scale: float) -> Tensor:
@@ -115,12 +70,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, causal: bool, dro
     """softmax(scale q k^T + bias) v as [B, Q, H * head_dim].
 
     q [B, H, Q, head_dim]; k, v [B, H_kv, K, head_dim] with H a multiple of H_kv; bias broadcastable to [B, H, Q, K];
-    with `causal`, Q = K and there is no bias. A `PackedMask` goes to FlexAttention, unless there is dropout, which it
-    does not know, heads are too small for its kernel, or operations are watched (engine.recompute=selective), which it
-    refuses. On a CPU the fused kernel knows neither dropout nor a bias with gradient,
-    PyTorch's fallback is slower than the plain products below, and so is the kernel for short sequences in bf16.
+    with `causal`, Q = K and there is no bias. `SegmentGrids` are attended to one by one. A `PackedMask` goes to
+    FlexAttention, unless there is dropout, which it does not know, heads are too small for its kernel, or operations
+    are watched (engine.recompute=selective), which it refuses. On a CPU the fused kernel knows neither dropout nor a
+    bias with gradient, PyTorch's fallback is slower than the plain products below, and so is the kernel for short
+    sequences in bf16.
     """
     grouped = q.shape[1] != k.shape[1]
+    if isinstance(bias, SegmentGrids):
+        return _attend_in_lines(q, k, v, bias, dropout_p, scale)
     if isinstance(bias, PackedMask):
         if dropout_p == 0 and q.shape[-1] >= 16 and not is_in_torch_dispatch_mode():
             return _attend_in_blocks(q, k, v, bias, scale).transpose(1, 2).flatten(2)
@@ -251,12 +209,12 @@ class CrossAttention(nn.Module):
         keys, values = heads.chunk(2, dim=1)
         return keys, values
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], bias: Bias | None) -> Tensor:
         """[B, T, d_model] -> [B, T, d_model]; `keys_values` of this layer, `bias` broadcastable to [B, H, T, S]."""
         q = self.q(x).view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
         out: Tensor = self.out(self.attend(q, *keys_values, bias, False))
         return out
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, causal: bool) -> Tensor:
         """See `SelfAttention.attend`."""
         return attend(q, k, v, bias, causal, self.dropout if self.training else 0.0, self.scale)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import Bias, SelfAttention, causal_bias, packed_mask, padding_bias
+from trainer.models.attention import SelfAttention, causal_bias
 from trainer.models.base import Model
 from trainer.models.cache import AttentionState, KeyValueCache
 from trainer.models.layers import (
@@ -30,6 +30,7 @@ from trainer.models.layers import (
 from trainer.models.positions import rotary_tables
 from trainer.models.rotary import make_scaling
 from trainer.models.scaling import scaled_shape
+from trainer.models.segments import Bias, packed_mask, padding_bias
 
 BiasKind = Literal["none", "qkv", "all"]
 Rotary = tuple[Tensor, Tensor]
@@ -184,7 +185,7 @@ class Decoder(Model):
         x, rotary = self._embed(ids, at)
         bias: Bias | None = None
         if segments is not None:
-            bias = packed_mask(segments, x.dtype)
+            bias = packed_mask(segments, segments, x.dtype, causal=True)
         elif mask is not None:
             bias = padding_bias(mask, x.dtype) + causal_bias(ids.shape[1], x.dtype, x.device)
         x = self.own_positions(x)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import padding_bias, segment_bias
 from trainer.models.base import Model
 from trainer.models.encoder_layer import EncoderLayer
 from trainer.models.layers import (
@@ -21,6 +20,7 @@ from trainer.models.layers import (
     dropout,
     matrix_size,
 )
+from trainer.models.segments import Bias, packed_mask, padding_bias
 
 HeadKind = Literal["masked_lm", "classification", "none"]
 
@@ -111,9 +111,9 @@ class Encoder(Model):
             table = F.embedding(batch["position_ids"], table)
         x = self.embedding(ids) + table + self.token_types(batch.get("token_type_ids", ids.new_zeros(1, 1)))
         x = dropout(self.embedding_norm(x), self.dropout, self.training)
-        bias = None
+        bias: Bias | None = None
         if segments is not None:
-            bias = segment_bias(segments, segments, x.dtype)
+            bias = packed_mask(segments, segments, x.dtype)
         elif mask is not None:
             bias = padding_bias(mask, x.dtype)
         x = self.own_positions(x)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import CrossAttention, SelfAttention, causal_bias, padding_bias, segment_bias
+from trainer.models.attention import CrossAttention, SelfAttention, causal_bias
 from trainer.models.base import Model
 from trainer.models.cache import AttentionState, KeyValueCache, Memory
 from trainer.models.layers import (
@@ -29,6 +29,7 @@ from trainer.models.layers import (
     matrix_size,
 )
 from trainer.models.positions import RelativeBias, sinusoidal
+from trainer.models.segments import Bias, packed_mask, padding_bias, segment_bias
 
 PositionKind = Literal["sinusoidal", "sinusoidal_halves", "learned", "relative"]
 
@@ -85,10 +86,10 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         *,
-        bias: Tensor | None,
+        bias: Bias | None,
         causal: bool = False,
         keys_values: tuple[Tensor, Tensor] | None = None,
-        memory_bias: Tensor | None = None,
+        memory_bias: Bias | None = None,
         cache: KeyValueCache | None = None,
         layer: int = 0,
     ) -> Tensor:
@@ -215,28 +216,30 @@ class EncoderDecoder(Model):
         """
         memory, memory_bias = self._encode(batch)
         position_ids, segments = batch.get("target_position_ids"), batch.get("target_segment_ids")
-        x, bias = self._embed(batch["decoder_input_ids"], "decoder", 0, position_ids)
+        x, relative = self._embed(batch["decoder_input_ids"], "decoder", 0, position_ids)
+        bias: Bias | None = None
         if segments is not None:
-            within = segment_bias(segments, segments, x.dtype, causal=True)
-            bias = within if bias is None else bias + within
-        elif bias is not None:
-            bias = bias + causal_bias(x.shape[1], x.dtype, x.device)
+            bias = _within(segments, relative, x.dtype, causal=True)
+        elif relative is not None:
+            bias = relative + causal_bias(x.shape[1], x.dtype, x.device)
         x = self.own_positions(x)
         for layer in _layers(self.decoder):
             keys_values = layer.keys_values(memory)
             x = layer(x, bias=bias, causal=bias is None, keys_values=keys_values, memory_bias=memory_bias)
         return self._logits(x, head_loss)
 
-    def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Memory [B,S,d_model] and what hides it from targets: its padding bias [B,1,1,S], of packed rows [B,1,T,S]."""
+    def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Bias]:
+        """Memory [B,S,d_model] and what hides it from targets: its padding bias [B,1,1,S], or that of packed rows."""
         position_ids, segments = batch.get("source_position_ids"), batch.get("source_segment_ids")
-        x, bias = self._embed(batch["source_ids"], "encoder", 0, position_ids)
+        x, relative = self._embed(batch["source_ids"], "encoder", 0, position_ids)
+        bias: Bias
+        memory_bias: Bias
         if segments is None:
-            within = memory_bias = padding_bias(batch["source_mask"], x.dtype)
+            memory_bias = padding = padding_bias(batch["source_mask"], x.dtype)
+            bias = padding if relative is None else relative + padding
         else:
-            within = segment_bias(segments, segments, x.dtype)
-            memory_bias = segment_bias(batch["target_segment_ids"], segments, x.dtype)
-        bias = within if bias is None else bias + within
+            memory_bias = packed_mask(batch["target_segment_ids"], segments, x.dtype)
+            bias = _within(segments, relative, x.dtype)
         x = self.own_positions(x)
         for layer in self.encoder:
             x = layer(x, bias=bias)
@@ -281,6 +284,7 @@ class EncoderDecoder(Model):
     def start_decoding(self, batch: Mapping[str, Tensor]) -> AttentionState:
         """Encode source_ids [B,S] (source_mask [B,S]) and compute each decoder layer's memory keys and values once."""
         memory, memory_bias = self._encode(batch)
+        assert isinstance(memory_bias, Tensor), "prompts are not packed"
         keys_values = [layer.keys_values(memory) for layer in _layers(self.decoder)]
         return AttentionState(
             cache=KeyValueCache(len(self.decoder)),
@@ -314,6 +318,13 @@ class EncoderDecoder(Model):
             target_length + source_length
         )
         return 6.0 * matrices + 12.0 * self.inner_size * scores
+
+
+def _within(segments: Tensor, relative: Tensor | None, dtype: torch.dtype, causal: bool = False) -> Bias:
+    """What keeps the samples of packed rows [B,T] apart, and the relative bias [1,H,T,T] of their positions."""
+    if relative is None:
+        return packed_mask(segments, segments, dtype, causal)
+    return relative + segment_bias(segments, segments, dtype, causal)
 
 
 def _layers(modules: nn.ModuleList) -> list[Layer]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from trainer.models.attention import SelfAttention
 from trainer.models.layers import FeedForward, add_dropped
+from trainer.models.segments import Bias
 
 
 class EncoderLayer(nn.Module):
@@ -43,7 +44,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(d_model, eps=norm_eps)
         self.feed_forward = FeedForward(d_model, d_ff, "gelu", in_std=std, out_std=std, bias=True)
 
-    def forward(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, bias: Bias | None = None) -> Tensor:
         """[B, T, d_model] -> [B, T, d_model]; see `SelfAttention.forward`."""
         if self.pre_norm:
             x = add_dropped(x, self.attention(self.attention_norm(x), bias=bias), self.dropout, self.training)

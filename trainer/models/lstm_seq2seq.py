@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import attend, padding_bias
+from trainer.models.attention import attend
 from trainer.models.base import Model
 from trainer.models.cache import Memory
 from trainer.models.layers import Projection, TokenEmbedding, dropout, matrix_size
+from trainer.models.segments import padding_bias
 
 AttentionKind = Literal["bahdanau", "luong", "none"]
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import padding_bias
 from trainer.models.base import Model
 from trainer.models.cache import AttentionState, KeyValueCache, Memory
 from trainer.models.encoder_decoder import Layer
 from trainer.models.layers import HeadLoss, PositionEmbedding, TokenEmbedding, dropout, make_norm, matrix_size
 from trainer.models.positions import sinusoids
+from trainer.models.segments import padding_bias
 
 NORM_EPS = 1e-5
 STRIDE = 2

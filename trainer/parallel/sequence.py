@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import Bias, CrossAttention, SelfAttention
+from trainer.models.attention import CrossAttention, SelfAttention
 from trainer.models.base import Model
+from trainer.models.segments import Bias
 from trainer.parallel.layout import Layout
 from trainer.tasks import IGNORE, Batch
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.models.attention import Bias, CrossAttention, SelfAttention
+from trainer.models.attention import CrossAttention, SelfAttention
 from trainer.models.layers import FeedForward, Projection, RMSNorm, spread_bias
 from trainer.models.positions import RelativeBias
+from trainer.models.segments import Bias
 from trainer.parallel.layout import Layout
 from trainer.parallel.slices import Slice, Slices
 
