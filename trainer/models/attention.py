@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from trainer.models.cache import KeyValueCache
 from trainer.models.layers import Projection, RMSNorm, dropout
 from trainer.models.positions import rotate
-from trainer.models.segments import Bias, PackedMask, SegmentGrids, masked_score
+from trainer.models.segments import Bias, Moves, PackedMask, SegmentGrids, masked_score
 
 
 def causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -37,19 +37,22 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 def _attend_in_lines(q: Tensor, k: Tensor, v: Tensor, segments: SegmentGrids, dropout_p: float, scale: float) -> Tensor:
     """`attend` of each grid of segments by itself."""
-    (batch, _, length, head_dim), sides = q.shape, (segments.queries, segments.keys, segments.keys)
-    q, k, v = (
-        side.to_slots(x.transpose(1, 2).flatten(0, 1).flatten(1)) for x, side in zip((q, k, v), sides, strict=True)
-    )
+    (batch, _, length, head_dim), grids = q.shape, segments.grids
 
-    def lines(slots: Tensor, first: int, number: int, width: int) -> Tensor:
-        return slots[first : first + number * width].view(number, width, -1, head_dim).transpose(1, 2)
+    def lines(x: Tensor, moves: Moves, widths: list[int]) -> list[Tensor]:
+        slots = moves.to_slots(x.transpose(1, 2).flatten(0, 1).flatten(1))
+        parts = torch.split(slots, [grid.lines * width for grid, width in zip(grids, widths, strict=True)])
+        return [
+            part.view(grid.lines, width, -1, head_dim).transpose(1, 2)
+            for part, grid, width in zip(parts, grids, widths, strict=True)
+        ]
 
-    done = []
-    for grid in segments.grids:
-        asking = lines(q, grid.first_query, grid.lines, grid.queries)
-        keys, values = (lines(x, grid.first_key, grid.lines, grid.keys) for x in (k, v))
-        done.append(attend(asking, keys, values, grid.bias, segments.causal, dropout_p, scale).flatten(0, 1))
+    queries = lines(q, segments.queries, [grid.queries for grid in grids])
+    keys, values = (lines(x, segments.keys, [grid.keys for grid in grids]) for x in (k, v))
+    done = [
+        attend(asking, asked, given, grid.bias, segments.causal, dropout_p, scale).flatten(0, 1)
+        for grid, asking, asked, given in zip(grids, queries, keys, values, strict=True)
+    ]
     return segments.queries.to_rows(torch.cat(done)).view(batch, length, -1)
 
 

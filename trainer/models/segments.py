@@ -134,13 +134,11 @@ def _selected(x: Tensor, places: Tensor, empty: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Segments of similar lengths, a line each: `lines` x `queries` slots of queries from `first_query` on, and so of
-    keys. bias [lines, 1, 1, keys] hides keys that are not there, where causality does not."""
+    """Segments of similar lengths, a line each: `lines` x `queries` slots of queries, and so of keys; grids follow each
+    other. bias [lines, 1, 1, keys] hides keys that are not there, where causality does not."""
 
     lines: int
-    first_query: int
     queries: int
-    first_key: int
     keys: int
     bias: Tensor | None
 
@@ -168,15 +166,15 @@ class SegmentGrids:
         asked = asked.at(named[asking.names])
         sizes = self._sizes(asking.lengths.tolist())
         query_widths, key_widths, self.grids = [], [], []
-        first_query = first_key = first = 0
+        first = 0
         for lines in sizes:
-            here = slice(first, first + lines)
-            width, key_width = int(asking.lengths[first]), int(asked.lengths[here].max())
-            bias = None if causal else padding_bias(torch.arange(key_width) < asked.lengths[here, None], dtype)
-            self.grids.append(Grid(lines, first_query, width, first_key, key_width, bias))
+            key_lengths = asked.lengths[first : first + lines]
+            width, key_width = int(asking.lengths[first]), int(key_lengths.max())
+            bias = None if causal else padding_bias(torch.arange(key_width) < key_lengths[:, None], dtype)
+            self.grids.append(Grid(lines, width, key_width, bias))
             query_widths += [width] * lines
             key_widths += [key_width] * lines
-            first, first_query, first_key = first + lines, first_query + lines * width, first_key + lines * key_width
+            first += lines
         self.queries = Moves(asking.starts, asking.lengths, query_widths, queries.numel())
         self.keys = self.queries if keys is queries else Moves(asked.starts, asked.lengths, key_widths, keys.numel())
 
