@@ -56,7 +56,7 @@ DECODERS = {1: (96, 4), 3: (192, 6), 10: (320, 8), 30: (512, 9), 100: (768, 14),
 
 DECODER = (
     *("experiment=lm_small", "logging=[]", "eval.every=0", "eval.final_split=none", "checkpoint.every=0"),
-    *("log.every=1", "name=bench", "schedule=constant", "schedule.warmup=0", "batch.global_size=1"),
+    *("log.every=1", "name=bench", "schedule.warmup=0", "batch.global_size=1"),
     *("tokenizer=bpe", "tokenizer.vocab_size=2048"),
 )
 
