@@ -12,9 +12,9 @@ run          1,000 to 1,000,000 logged steps: metrics.jsonl and CSV, resuming, t
              view, W&B off-line (to 10,000)
 
 Every size is measured in a process of its own with one thread. Seconds of a step are medians, by a clock that stands
-while others run on this process's processor (`overhead.own_seconds`); memory is the peak above what the imports take.
-"e" is the exponent in figure ~ size^e by least squares of the logarithms over all sizes, "of late" between the last
-two: a constant part hides growth from the first and not from the second.
+while others run on this process's processor (`overhead.own_seconds`), those of the loader the processor's; memory is
+the peak above what the imports take. "e" is the exponent in figure ~ size^e by least squares of the logarithms over all
+sizes, "of late" between the last two: a constant part hides growth from the first and not from the second.
 """
 
 from __future__ import annotations
@@ -77,33 +77,32 @@ def measure_shards(shards: int, folder: Path, options: argparse.Namespace) -> Fi
 
 
 def stream_figures(shards: Path, warm_up: int, **settings: Any) -> Figures:
-    """From nothing to the first step, the steps after `warm_up`, and the state that a checkpoint has."""
-    from overhead import own_seconds
-
+    """From nothing to the first step, the steps after `warm_up`, and the state that a checkpoint has; seconds of the
+    processor, for the loader reads ahead in threads of its own."""
     from data import Pass, make_loader
+    from trainer import garbage
     from trainer.data.stream import StreamData
 
     with above() as memory:
-        begun = own_seconds()
+        begun = time.process_time()
         loader = make_loader(StreamData(str(shards), **settings), Pass(), None)
-        first = loader._step()
-        opened = own_seconds() - begun
+        assert loader._step().num_samples == 48
+        opened = time.process_time() - begun
         for _ in range(warm_up):
             loader._step()
-        seconds = []
-        for _ in range(200):
-            begun = own_seconds()
-            states = loader._step().lane_states
-            seconds.append(own_seconds() - begun)
-        assert first.num_samples == 48
+        begun = time.process_time()
+        with garbage.collected_between_steps():
+            for _ in range(200):
+                states = loader._step().lane_states
+        stepping = time.process_time() - begun
         loader.close()
-    begun = own_seconds()
+    begun = time.process_time()
     text = json.dumps(states)
     return {
         "first step of the loader, s": opened,
-        "a step, ms": statistics.fmean(seconds) * MS,
+        "a step, ms": stepping / 200 * MS,
         "state in a checkpoint, bytes": len(text),
-        "to write the state, ms": (own_seconds() - begun) * MS,
+        "to write the state, ms": (time.process_time() - begun) * MS,
         "memory, MB": memory() * MB,
     }
 
@@ -191,8 +190,8 @@ class Sections:
 def measure_run(steps: int, folder: Path, options: argparse.Namespace) -> Figures:
     """So many logged steps: what writes, reads and shows them."""
     from trainer.metrics import RunInfo
+    from trainer.metrics.console import ConsoleSink
     from trainer.metrics.csv import CsvSink
-    from trainer.metrics.live import LiveView
     from trainer.metrics.sinks import JsonLinesSink
 
     directory = folder / "run"
@@ -210,16 +209,12 @@ def measure_run(steps: int, folder: Path, options: argparse.Namespace) -> Figure
         sink.close("failed")
         found[f"{name}, to resume, ms"], found[f"{name}, to resume, MB"] = seconds * MS, grown * MB
     with Path(os.devnull).open("w") as screen:
-        view = live_view(LiveView, run, screen)
+        view = ConsoleSink(mode="live", stream=screen)
+        view.open(run)
         seconds, grown = taken(lambda: log_all(view, steps))
-        view.close()
+        view.close("finished")
     found |= {"live view, a step, µs": seconds / steps * 1e6, "live view, MB": grown * MB}
     return found | reading_figures(directory) | (wandb_figures(run, steps) if steps <= 10_000 else {})
-
-
-def live_view(make: Any, run: Any, screen: Any) -> Any:
-    """A live view; later ones take a clock."""
-    return make(run, screen, time.monotonic) if "clock" in make.__init__.__annotations__ else make(run, screen)
 
 
 def reading_figures(directory: Path) -> Figures:
