@@ -50,6 +50,9 @@ SIZES: dict[str, Sequence[int]] = {
     "parameters": (1, 3, 10, 30, 100, 300),
     "run": (1000, 10_000, 100_000, 1_000_000),
 }
+LOGGED = 10_000
+"""Steps of a long run that are really logged, and timed."""
+
 MB, MS = 1e-6, 1e3
 DECODERS = {1: (96, 4), 3: (192, 6), 10: (320, 8), 30: (512, 9), 100: (768, 14), 300: (1152, 19), 1000: (2048, 20)}
 """Width and layers by millions of parameters, beside 2,048 token vectors."""
@@ -201,10 +204,8 @@ def measure_run(steps: int, folder: Path, options: argparse.Namespace) -> Figure
     found: Figures = {}
     for name, sink in (("metrics.jsonl", JsonLinesSink()), ("metrics.csv", CsvSink())):
         sink.open(run)
-        seconds, _ = taken(lambda sink=sink: log_all(sink, steps))
+        found |= {f"{name}, {figure}": value for figure, value in written(sink, directory / name, steps).items()}
         sink.close("failed")
-        found[f"{name}, bytes a step"] = (directory / name).stat().st_size / steps
-        found[f"{name}, a step, µs"] = seconds / steps * 1e6
         seconds, grown = taken(lambda sink=sink: sink.open(resumed))
         sink.close("failed")
         found[f"{name}, to resume, ms"], found[f"{name}, to resume, MB"] = seconds * MS, grown * MB
@@ -215,6 +216,21 @@ def measure_run(steps: int, folder: Path, options: argparse.Namespace) -> Figure
         view.close("finished")
     found |= {"live view, a step, µs": seconds / steps * 1e6, "live view, MB": grown * MB}
     return found | reading_figures(directory) | (wandb_figures(run, steps) if steps <= 10_000 else {})
+
+
+def written(sink: Any, path: Path, steps: int) -> Figures:
+    """A file of so many logged steps: the last of them logged, those before the first ones with other numbers."""
+    first = max(0, steps - LOGGED)
+    if first > 0:
+        log_all(sink, LOGGED)
+        lines = path.read_bytes().splitlines(keepends=True)[-LOGGED:]
+        with path.open("ab") as file:
+            for begin in range(LOGGED, first, LOGGED):
+                file.writelines(line.replace(b"%d" % n, b"%d" % (begin + n), 1) for n, line in enumerate(lines, 1))
+    before = path.stat().st_size if path.exists() else 0
+    seconds, _ = taken(lambda: log_all(sink, steps, first))
+    logged = steps - first
+    return {"bytes a step": (path.stat().st_size - before) / logged, "a step, µs": seconds / logged * 1e6}
 
 
 def reading_figures(directory: Path) -> Figures:
@@ -242,24 +258,19 @@ def wandb_figures(run: Any, steps: int) -> Figures:
     return {"W&B off-line, bytes a step": kept / steps, "W&B off-line, a step, µs": seconds / steps * 1e6}
 
 
-def log_all(sink: Any, steps: int) -> None:
-    """Steps as a run logs them."""
-    for info in logged_steps(steps):
-        sink.log(info)
-
-
-def logged_steps(count: int) -> Iterator[Any]:
-    """Facts with as many digits as real ones have."""
+def log_all(sink: Any, steps: int, after: int = 0) -> None:
+    """Steps as a run logs them, with as many digits as real ones have."""
     from trainer.metrics import StepInfo
 
-    for step in range(1, count + 1):
+    for step in range(after + 1, steps + 1):
         loss = 2.0 + math.sin(step) / 7
-        yield StepInfo(
+        info = StepInfo(
             step=step, tokens=3017 * step, samples=192 * step, epoch=round(step / 61, 4), loss=loss,
             grad_norm=loss / 9, lr=loss * 1e-4, step_seconds=loss / 17, tokens_per_second=loss * 9871,
             target_tokens=3017, padding_fraction=loss / 91, loader_wait_seconds=loss / 30011, mfu=None,
             memory_bytes=1_103_000_000, skipped_steps=0, data={"bad_record": 2},
         )  # fmt: skip
+        sink.log(info)
 
 
 def taken(action: Callable[[], Any]) -> tuple[float, float]:
