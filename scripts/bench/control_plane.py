@@ -31,9 +31,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from ranks import exponent
 
 from trainer import distributed
 from trainer.checkpoint import save
@@ -295,11 +295,6 @@ def _make_mesh(connection: Any, ranks: int, lazy: bool) -> None:
 PARTS = {part.__name__: part for part in (rendezvous, mesh, groups, vote, heartbeats, logs, commit, load)}
 
 
-def exponent(sizes: list[int], values: list[float]) -> float:
-    """Of a power law through the largest three."""
-    return float(np.polyfit(np.log(sizes[-3:]), np.log(np.maximum(values[-3:], 1e-9)), 1)[0])
-
-
 def main(options: Options) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -319,7 +314,8 @@ def main(options: Options) -> None:
     print(f"{'':<{width}}  " + "".join(f"{ranks:>12,}" for ranks in sizes) + "    exponent")
     for name, values in table.items():
         cells = "".join(f"{_shown(name, values.get(ranks)):>12}" for ranks in sizes)
-        fitted = f"{exponent(list(values), list(values.values())):.2f}" if len(values) > 2 else ""
+        last = [max(value, 1e-9) for value in values.values()][-3:]
+        fitted = f"{exponent([*values][-3:], last):.2f}" if len(values) > 2 else ""
         print(f"{name:<{width}}  {cells}  {fitted:>10}")
     if options.json is not None:
         Path(options.json).write_text(json.dumps(table, indent=1) + "\n")

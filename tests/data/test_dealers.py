@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from multiprocessing import resource_tracker
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from tests.data.fakes import LengthTask, MemorySource, loader_of, memory_data, merged, saved, steps_of
+from trainer.data.loader import StepBatch
 from trainer.errors import ConfigError, DataError
 from trainer.tasks import BadRecord, Encoded, Record
 
@@ -44,6 +46,26 @@ def test_workers_change_nothing_before_and_after_a_resume(sizes: tuple[int, ...]
     ids = [sorted(id for step in steps for id in step.ids) for steps in zip(*rest, strict=True)]
     assert ids == [sorted(step) for step in merged(whole)[5:]]
     assert not children()
+
+
+def test_a_step_of_few_of_the_lanes_tells_of_all() -> None:
+    """As a loader that resumes there, and asks all; and as ranks together."""
+    bad = frozenset((shard, 3) for shard in range(0, 24, 2))
+
+    def steps(count: int, world_size: int = 1, states: Any = None) -> list[list[StepBatch]]:
+        data = memory_data(MemorySource((30,) * 24, bad), lanes=24, block=8, max_bad_fraction=1.0)
+        return steps_of(data, count, world_size, states, global_size=6)
+
+    (whole,), ranks = steps(9), steps(9, world_size=2)
+    for one, two, other in zip(whole, *ranks, strict=True):
+        assert one.lane_states == two.lane_states | other.lane_states
+        assert one.epoch == pytest.approx((two.epoch + other.epoch) / 2)
+        assert Counter(one.counts) == Counter(two.counts) + Counter(other.counts)
+        assert {*one.rejected} == {*two.rejected, *other.rejected}
+    for place in range(1, 9):
+        ((resumed,),) = steps(1, states=saved([whole[:place]]))
+        assert resumed.lane_states == whole[place].lane_states
+        assert whole[place].counts.get("bad_record", 0) >= resumed.counts.get("bad_record", 0) > 0
 
 
 def test_what_breaks_in_a_worker_is_told() -> None:

@@ -52,3 +52,11 @@ def test_a_resumed_run_repeats_no_step(tmp_path: Path, make_run: MakeRun, make_s
         ("3", "9.0"),
         ("4", "9.0"),
     ]
+
+
+def test_a_column_that_appears_later_and_a_text_of_lines(tmp_path: Path, make_run: MakeRun) -> None:
+    for first_step in (0, 1):
+        sink = CsvSink()
+        sink.open(make_run(first_step=first_step))
+        sink.log_evaluation(first_step + 1, {"eval/loss": 1.5, **({"eval/text": "a,\nb"} if first_step else {})})
+    assert [(row["step"], row["eval/text"]) for row in rows(tmp_path / "evaluations.csv")] == [("1", ""), ("2", "a, b")]

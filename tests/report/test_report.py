@@ -74,6 +74,20 @@ def test_thinning_keeps_ends_and_spikes() -> None:
     assert (steps[0], steps[-1]) == (1, 100_000) and {99.0, -99.0} <= set(kept)
 
 
+def test_a_long_run_is_read_into_few_points_with_its_spikes(tmp_path: Path) -> None:
+    losses = {step: 2.0 for step in range(1, 70_001)} | {3: 99.0, 33_333: -99.0, 69_999: 98.0}
+    (tmp_path / "config.yaml").write_text("name: long\n")
+    lines = (f'{{"step": {step}, "loss": {loss}}}\n' for step, loss in losses.items())
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    steps, values = read_history(RunDirectory(tmp_path)).curves["loss"]
+    assert len(steps) < 35_000 and steps == sorted(set(steps)) and (steps[0], steps[-1]) == (1, 70_000)
+    assert {step: value for step, value in zip(steps, values, strict=True) if value != 2.0} == {
+        3: 99.0,
+        33_333: -99.0,
+        69_999: 98.0,
+    }
+
+
 def test_a_browser_shows_the_page(make_run: MakeRun, tmp_path: Path) -> None:
     """Charts are there only when the page's script has run; the browser has no network."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)

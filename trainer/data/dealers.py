@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from trainer import garbage
 from trainer.data.lanes import Lane, Position, Row
@@ -38,6 +38,14 @@ class Dealt:
     lane_states: dict[int, dict[str, Any]]
     exhausted: bool
     rejected: list[Rejected]
+    counts: Mapping[str, int]
+
+
+class _Told(NamedTuple):
+    """Where a reader stands: its state without the place, epochs done, and records rejected or changed by stage."""
+
+    state: Mapping[str, Any]
+    epochs: float
     counts: Mapping[str, int]
 
 
@@ -93,6 +101,10 @@ class LocalDealer:
         self._place = 0
         """Place in the whole stream where the next step begins, the same for all dealers."""
         self._begun = False
+        self._told: dict[int, _Told] = {}
+        """Of each reader, as it stands: a step changes those alone that it takes rows from, of thousands maybe."""
+        self._counts: Counter[str] = Counter()
+        """Those of all readers together."""
 
     def load_lane_states(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         """See `Dealer`."""
@@ -109,6 +121,7 @@ class LocalDealer:
         begin, end = self._place, self._place + self._global_size
         first = begin + (self._index - begin) % self._count
         rows: list[tuple[int, Row]] = []
+        asked = {place % self._stride for place in range(first, end, self._count)} if self._stride > 1 else {0}
         for place in range(first, end, self._count):
             lane, turn = self._readers[place % self._stride], place // self._stride
             row = lane.at(turn)
@@ -119,17 +132,25 @@ class LocalDealer:
         self._place = end
         if self._stride == 1 and self._tells:
             self._readers[0].at(end - 1)  # begin on every block that another dealer has begun on
-        turns = {index: self._turn(index) for index in self._readers}
-        states = {index: {**lane.state(turns[index]), "place": end} for index, lane in self._readers.items()}
-        rejected = [one for lane in self._readers.values() for one in lane.take_rejected()]
+        for index in self._readers if beginning else asked:
+            self._tell(index)
+        states = {index: {**told.state, "place": end} for index, told in self._told.items()}
+        rejected = [one for index in sorted(asked) for one in self._readers[index].take_rejected()]
         return Dealt(
             rows=rows,
-            epoch=sum(lane.epochs(turns[index]) for index, lane in self._readers.items()) / len(self._readers),
+            epoch=sum(told.epochs for told in self._told.values()) / len(self._readers),
             lane_states={index: states[index % self._stride] for index in self._lanes},
-            exhausted=not rows and all(lane.at(turns[index]) is None for index, lane in self._readers.items()),
+            exhausted=not rows and all(lane.at(self._turn(index)) is None for index, lane in self._readers.items()),
             rejected=rejected if self._tells else [],
-            counts=sum((Counter(lane.counts) for lane in self._readers.values()), Counter()) if self._tells else {},
+            counts=+self._counts if self._tells else {},
         )
+
+    def _tell(self, index: int) -> None:
+        """Note anew where a reader stands."""
+        lane, turn, before = self._readers[index], self._turn(index), self._told.get(index)
+        self._told[index] = _Told(lane.state(turn), lane.epochs(turn), lane.counts)
+        self._counts.update(lane.counts)
+        self._counts.subtract({} if before is None else before.counts)
 
     def _turn(self, index: int) -> int:
         """The first turn of a reader at or after the place where the next step begins."""

@@ -244,14 +244,15 @@ class Lane:
 
     def at(self, turn: int) -> Row | None:
         """The row of a turn; None when the lane has finished. Reads on as far as it takes."""
-        while not self._rules.finished(self._position):
+        while True:
             if self._rows is None:
+                if self._rules.finished(self._position):
+                    return None
                 self._load()
             elif turn - self._position.first < len(self._rows):
                 return self._rows[turn - self._position.first]
             else:
                 self._position, self._rows, self._told = self._following, None, False
-        return None
 
     def prefetch(self) -> None:
         """Begin on the block at hand, which `at` will ask for."""
@@ -266,7 +267,7 @@ class Lane:
     def work_ahead(self, turn: int) -> None:
         """Begin on a part of the next block when it is time, or finish it: evenly over this block, one lane after
         another."""
-        if self._rows is None or self._rules.finished(self._following):
+        if self._rows is None:
             return
         share = (turn - self._position.first + 1) / len(self._rows)
         if self._reader.share + self._index / self._rules.order.lanes < share and not self._reader.prefetch():

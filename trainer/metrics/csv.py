@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from trainer.metrics import RunInfo, StepInfo
+from trainer.metrics.json_lines import truncate_after
 from trainer.wording import flatten
 
 
@@ -39,39 +41,45 @@ class CsvSink:
 
 
 class _Table:
-    """A CSV file with a header, of rows that have a step."""
+    """A CSV file with a header, of rows that begin with a step and are a line each."""
 
     def __init__(self, path: Path, last_step: int) -> None:
         self._path = path
         self._columns: list[str] = []
         if path.exists():
-            rows = [row for row in _read(path) if row["step"].isdigit() and int(row["step"]) <= last_step]
-            self._columns = list(rows[0]) if rows else []
-            self._rewrite(rows)
+            truncate_after(path, last_step, _step_of)
+            self._columns = next(self._rows(), [])
 
     def append(self, row: Mapping[str, Any]) -> None:
         new = [name for name in row if name not in self._columns]
         if new:
-            rows = _read(self._path) if self._path.exists() else []
-            self._columns += new
-            self._rewrite(rows)
+            self._widen(new)
         with self._path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+            self._writer(file).writerow(
+                {name: " ".join(v.splitlines()) if isinstance(v, str) else v for name, v in row.items()}
+            )
 
-    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace the file in one move; none where there are no columns yet."""
-        if not self._columns:
-            self._path.unlink(missing_ok=True)
-            return
+    def _widen(self, new: Sequence[str]) -> None:
+        """Add columns, in one move; row by row, for the file may be larger than the memory."""
+        old = self._rows()
+        next(old, None)  # the header
+        self._columns += new
         partial = self._path.with_name(f".{self._path.name}.partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
+            self._writer(file).writeheader()
+            csv.writer(file).writerows(row + [""] * len(new) for row in old)
         partial.replace(self._path)
 
+    def _rows(self) -> Iterator[list[str]]:
+        if self._path.exists():
+            with self._path.open(newline="", encoding="utf-8") as file:
+                yield from csv.reader(file)
 
-def _read(path: Path) -> list[dict[str, str]]:
-    """The rows with as many values as there are columns: a crash may have cut the last."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row and None not in row.values() and row.get("step")]
+    def _writer(self, file: TextIO) -> csv.DictWriter[str]:
+        return csv.DictWriter(file, self._columns)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a row, infinity if it has none; the header comes before all."""
+    step = line.partition(b",")[0]
+    return -math.inf if step == b"step" else float(step) if step.isdigit() else math.inf

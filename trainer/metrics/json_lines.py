@@ -6,13 +6,17 @@ import errno
 import json
 import logging
 import math
-from collections.abc import Mapping
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 _log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_EVENT = b'"event"'
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -60,12 +64,31 @@ class JsonLines:
             self._told = True
 
 
-def truncate_after(path: Path, last_step: float) -> None:
-    """Cut the file before its first line that belongs to a step after `last_step` or is not a whole JSON object."""
+def truncate_after(path: Path, last_step: float, step_of: Callable[[bytes], float] | None = None) -> None:
+    """Cut the file before its first line that belongs to a step after `last_step` or is not whole.
+
+    step_of: the step of a line, infinity if it is damaged; None: of a JSON object. From line to line the step never
+    falls, but for events, which may tell of an earlier one; so the place is looked for by halving, and a file of a
+    million lines takes no longer than a short one.
+    """
+    step_of = step_of or _step_of
+
+    def is_beyond(line: bytes) -> bool:
+        return not line.endswith(b"\n") or step_of(line) > last_step
+
     with path.open("r+b") as file:
-        end = 0
+
+        def beyond(offset: int) -> bool:
+            """Whether the first line from `offset` on that is no event has to go."""
+            file.seek(max(offset - 1, 0))
+            if offset > 0:
+                file.readline()  # the rest of the line before
+            return next((is_beyond(line) for line in file if _EVENT not in line), True)
+
+        first = bisect_left(range(file.seek(0, os.SEEK_END)), True, key=beyond)
+        end = file.seek(max(first - 1, 0))  # where the last line begins that stays and is no event
         for line in file:
-            if not line.endswith(b"\n") or _step_of(line) > last_step:
+            if is_beyond(line):
                 break
             end += len(line)
         file.truncate(end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,10 +19,14 @@ from trainer.wording import flatten
 Curve = tuple[list[int], list[float]]
 """Steps, and the value at each."""
 
+_KEPT = 16_384
+"""Points of a curve in memory, of a run of any length: several times what a screen shows."""
+
 
 @dataclass(frozen=True)
 class History:
-    """One run. curves: by their names in metrics.jsonl, evaluations as `eval/...`; events: (step, message)."""
+    """One run. curves: by their names in metrics.jsonl, evaluations as `eval/...`, `thinned` where they are long;
+    events: (step, message)."""
 
     name: str
     directory: Path
@@ -48,7 +53,7 @@ class History:
 
 def read_history(directory: RunDirectory) -> History:
     """All of a run but its checkpoints. Raises CheckpointError, with file and line, where metrics.jsonl is damaged."""
-    curves: dict[str, Curve] = {}
+    curves: defaultdict[str, _LongCurve] = defaultdict(_LongCurve)
     events: list[tuple[int, str]] = []
     for row in _rows(directory.metrics):
         step = int(row["step"])
@@ -57,9 +62,7 @@ def read_history(directory: RunDirectory) -> History:
         elif row.get("split", "validation") == "validation":
             for name, value in flatten(row):
                 if name != "step" and isinstance(value, int | float):
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(step)
-                    values.append(float(value))
+                    curves[name].add(step, float(value))
     final = json.loads(directory.evaluation.read_text(encoding="utf-8")) if directory.evaluation.exists() else {}
     plan = directory.path / "plan.json"
     return History(
@@ -68,7 +71,7 @@ def read_history(directory: RunDirectory) -> History:
         status=directory.read_status(),
         settings=dict(flatten(yaml.safe_load(directory.config.read_text(encoding="utf-8")))),
         plan=json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {},
-        curves=curves,
+        curves={name: curve.points for name, curve in curves.items()},
         events=events,
         final=final,
     )
@@ -97,6 +100,35 @@ def differing_settings(histories: Sequence[History]) -> list[tuple[str, list[Any
     keys = sorted({key for history in histories for key in history.settings if key != "name"})
     rows = [(key, [history.settings.get(key) for history in histories]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+class _LongCurve:
+    """A curve that is thinned as it grows, everywhere alike, so that a run of any length takes the same memory."""
+
+    def __init__(self) -> None:
+        self.points: Curve = ([], [])
+        self._kept = 0
+        """Points that have been thinned; those after them are as they came."""
+        self._share = 1
+        """Of so many points one is kept."""
+
+    def add(self, step: int, value: float) -> None:
+        """The next point."""
+        steps, values = self.points
+        steps.append(step)
+        values.append(value)
+        if len(steps) - self._kept == _KEPT:
+            self._thin()
+
+    def _thin(self) -> None:
+        """Bring what came since the last time to the density of what is kept; halve that of all where it is much."""
+        (steps, values), kept = self.points, self._kept
+        if self._share > 1:
+            steps[kept:], values[kept:] = thinned((steps[kept:], values[kept:]), _KEPT // self._share)
+        if len(steps) > _KEPT:
+            steps[:], values[:] = thinned(self.points, len(steps) // 2)
+            self._share *= 2
+        self._kept = len(steps)
 
 
 def thinned(curve: Curve, most: int) -> Curve:
