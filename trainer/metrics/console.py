@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Literal, TextIO
 
 from trainer.metrics import RunInfo, StepInfo
@@ -57,7 +56,7 @@ class ConsoleSink:
         if self._live is not None:
             self._live.log(info)
         elif self._mode == "json":
-            self._print(json_line(asdict(info)))
+            self._print(json_line(info.row()))
         elif self._mode != "quiet":
             self._watched.log(info)
             width = len(str(self._total_steps))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ class CsvSink:
 
     def log(self, info: StepInfo) -> None:
         """See the contract."""
-        self._steps.append(dict(flatten(asdict(info))))
+        self._steps.append(dict(flatten(info.row())))
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """See the contract."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +17,9 @@ _KEPT = 256
 
 _MUCH_WAITING, _MUCH_PADDING, _MUCH_MEMORY, _SLOW = 0.2, 0.4, 1.1, 0.8
 """Shares of a step and of positions, and multiples of what was predicted, that deserve a look."""
+
+_RECENT = 10
+"""Logged steps whose pace is the present one."""
 
 _FEW = 8
 """Ranks whose memory is told one by one."""
@@ -81,6 +85,7 @@ class WatchedRun:
         self._opened_at = clock()
         self._first: tuple[StepInfo, float] | None = None
         self._trained_seconds = 0.0
+        self._pace: deque[tuple[float, int]] = deque(maxlen=_RECENT)
         self._memory: Mapping[str, int] = {}
         self.info: StepInfo | None = None
         self.losses = Trend()
@@ -90,8 +95,11 @@ class WatchedRun:
         """The facts of a step."""
         if self.info is None:
             self._first = info, self._clock()
+            self._pace.append((info.step_seconds, 1))
         else:
-            self._trained_seconds += info.step_seconds * (info.step - self.info.step)
+            seconds, steps = info.step_seconds * (info.step - self.info.step), info.step - self.info.step
+            self._trained_seconds += seconds
+            self._pace.append((seconds, steps))
         self.info = info
         self._memory = info.memory_by_rank or self._memory
         self.losses.add(info.loss)
@@ -120,7 +128,8 @@ class WatchedRun:
         """To the end at the present pace, evaluations and saves as they were so far; None before the first step."""
         if self.info is None or self._first is None or not self.share:
             return None
-        left = self.info.step * (1 - self.share) / self.share * self.info.step_seconds
+        pace = sum(seconds for seconds, _ in self._pace) / max(1, sum(steps for _, steps in self._pace))
+        left = self.info.step * (1 - self.share) / self.share * pace
         since_first = self._clock() - self._first[1]
         return left * max(1.0, since_first / self._trained_seconds if self._trained_seconds else 1.0)
 
