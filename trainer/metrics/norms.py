@@ -62,9 +62,10 @@ class LayerGroups:
         return list(sums.values())
 
     def norms(self, sums: Sequence[float], norm: float) -> dict[str, float]:
-        """Each group's norm, of the sums over all ranks and the norm of the whole gradient; {} where it has none that
-        is finite. The sums may have a factor in common, as those of a gradient that has been clipped."""
+        """Each group's norm in seven digits, of the sums over all ranks and the norm of the whole gradient; {} where it
+        has none that is finite. The sums may have a factor in common, as those of a gradient that has been clipped."""
         total = math.fsum(sums)
         if not (math.isfinite(norm) and math.isfinite(total) and total > 0):
             return {}
-        return {name: norm * math.sqrt(one / total) for name, one in zip(self.names, sums, strict=True)}
+        norms = (norm * math.sqrt(one / total) for one in sums)
+        return {name: float(f"{one:.7g}") for name, one in zip(self.names, norms, strict=True)}
