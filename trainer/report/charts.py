@@ -73,7 +73,7 @@ _PANELS = (
     Panel(_DATA, "records not used or changed, so far", family="data", rare=True),
     Panel(_DATA, "mixture: share of each source", family="mixture"),
 )
-_NOT_DRAWN = {"eval/seconds", "eval/samples", *(name for panel in _PANELS for name in panel.curves)}
+_NOT_DRAWN = {"eval/seconds", "eval/samples", "eval/perplexity", *(name for panel in _PANELS for name in panel.curves)}
 
 
 def panels_of(histories: Sequence[History]) -> list[Panel]:
