@@ -75,6 +75,8 @@ def test_the_fp32_curve_does_not_depend_on_the_split(run_trainer):
         losses = curve(done.runs_dir, name)
         worst = max(abs(losses[step] - loss) / loss for step, loss in reference.items())
         assert worst < 1e-5, f"{name} differs by {worst:.1e}"
+        for row, expected in zip(rows(done.runs_dir, name)[:2], rows(done.runs_dir, "one")[:2], strict=True):
+            assert row["norms"] == pytest.approx(expected["norms"], rel=1e-5), name
 
 
 @pytest.mark.dist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import statistics
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -134,12 +135,16 @@ def test_a_packed_mixture_gives_one_curve_on_any_ranks_and_workers(run_trainer, 
     run_trainer([*common, "name=both", "engine=zero3", "data.workers=3"], ranks=2).check()
     reference = [row["loss"] for row in read(runs_dir / "one" / "metrics.jsonl") if "loss" in row]
     assert len(reference) == 8 and reference[-1] < reference[0]
+    told = [row["mixture"]["a"] for row in read(runs_dir / "one" / "metrics.jsonl") if "loss" in row]
     for name in ("workers", "ranks", "both"):
+        ratios = [row["mixture"]["a"] for row in read(runs_dir / name / "metrics.jsonl") if "loss" in row]
+        assert ratios == pytest.approx(told), name
         losses = [row["loss"] for row in read(runs_dir / name / "metrics.jsonl") if "loss" in row]
         assert losses == pytest.approx(reference, rel=1e-5), name
         assert seen(runs_dir / name) == seen(runs_dir / "one")
     shares = Counter(id.split("/")[0] for id in seen(runs_dir / "one").elements())
     assert shares["a"] / shares.total() == pytest.approx(0.7, abs=0.03)
+    assert statistics.mean(told) == pytest.approx(shares["a"] / shares.total(), abs=0.02)
 
 
 class GoesDown(FaultyServer):

@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from trainer.errors import ConfigError
 from trainer.impossible import impossible
+from trainer.metrics.norms import Norms
 from trainer.secrecy import secret_problems
 from trainer.wording import describe, did_you_mean, flatten
 
@@ -96,9 +97,10 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """`every`: steps between two lines of metrics.jsonl and the console."""
+    """`every`: steps between two lines of metrics.jsonl and the console; `norms`: of the gradient, in these lines."""
 
     every: int = 10
+    norms: Norms = Norms.parts
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -130,6 +131,12 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 def all_reduce_max(values: Sequence[float]) -> list[float]:
     """Element-wise maximum over all ranks."""
     return _all_reduce(values, torch.maximum)
+
+
+def all_reduce_sums(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Element-wise sums over all ranks of several lists, each of one length on all ranks, in one exchange."""
+    sums = iter(all_reduce_sum([value for part in values.values() for value in part]))
+    return {name: list(islice(sums, len(part))) for name, part in values.items()}
 
 
 def every_rank(flag: bool) -> bool:

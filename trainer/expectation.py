@@ -54,6 +54,14 @@ class Expectation:
         return f"{memory}; step: predicted {self.step_seconds:.3g} s / measured {measured_seconds:.3g} s"
 
 
+def figures(expected: Expectation | None) -> dict[str, float | None]:
+    """What is predicted, for plan.json and whoever compares; None for what is not known."""
+    return {
+        "predicted_memory_bytes": None if expected is None else round(expected.memory_bytes),
+        "predicted_step_seconds": None if expected is None else expected.step_seconds,
+    }
+
+
 def expect(config: Config, ranks: int) -> Expectation | None:
     """What `config` takes on so many ranks of devices like this process's own; None for a model or data of which the
     formulas know too little. Raises ConfigError where the batch does not divide."""

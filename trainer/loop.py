@@ -25,6 +25,7 @@ from trainer.guards.signals import PREEMPTED, StopRequest
 from trainer.metrics import StepInfo
 from trainer.metrics.json_lines import JsonLines
 from trainer.metrics.meter import Meter
+from trainer.metrics.norms import LayerGroups
 from trainer.metrics.sinks import SafeSinks
 from trainer.parallel.layout import Layout
 from trainer.parallel.sequence import own_part
@@ -52,6 +53,7 @@ class Training:
     meter: Meter
     sinks: SafeSinks
     stop_request: StopRequest
+    groups: LayerGroups  # of the parameters whose gradients are measured
     trace: JsonLines | None  # the ids of all samples, under data.trace
     quarantine: JsonLines | None  # on rank 0: the records that gave no sample
     blank: Batch  # a micro-batch without labels, for ranks that have no data in a step
@@ -110,7 +112,8 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
         if (outcome := _interrupted(config, totals, batch)) is not None:
             break
         lr = config.optimizer["lr"] * training.schedule.factor(_progress(training.schedule, state))
-        loss_sum, made = _learn(training, batch, totals, lr, state)
+        logs = due(state.step + 1, config.log.every) or state.step == 0
+        loss_sum, made = _learn(training, batch, totals, lr, state, logs)
         if totals.written:
             sections.enter("commit", state.step + 1)
             training.checkpointer.commit()
@@ -133,7 +136,7 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
             training.trace.write({"step": state.step, "rank": distributed.rank(), "ids": batch.ids})
         if totals.rejected:
             _quarantine(training, told, state.step)
-        if due(state.step, config.log.every) or state.step == 1:
+        if logs:
             training.sinks.log(_report(training, state, totals, told, loss_sum, made.grad_norm, lr))
         if due(state.step, config.eval.every):
             state = _evaluate(training, state, lanes)
@@ -225,9 +228,10 @@ def _progress(schedule: Schedule, state: TrainState) -> float:
 
 
 def _learn(
-    training: Training, batch: StepBatch, totals: _StepTotals, lr: float, state: TrainState
+    training: Training, batch: StepBatch, totals: _StepTotals, lr: float, state: TrainState, logs: bool
 ) -> tuple[torch.Tensor, anomalies.Update]:
     """One optimizer step; returns this rank's summed objective (a scalar on the device) and what became of the update.
+    logs: it will be reported.
 
     Dropout is a pure function of (seed, step, rank), so a resumed run draws what an uninterrupted one would have drawn;
     ranks that share matrices draw the same.
@@ -248,7 +252,8 @@ def _learn(
         loss_sum += sums.objective.detach() / training.layout.tensor
     sections.enter("optimizer", state.step + 1)
     training.checkpointer.settle()
-    return loss_sum, anomalies.update(training.engine, training.config, state, lr, loss_sum, totals.target_tokens)
+    told = (loss_sum, totals.target_tokens, logs)
+    return loss_sum, anomalies.update(training.engine, training.config, state, lr, *told)
 
 
 def _react(training: Training, state: TrainState, batch: StepBatch, made: anomalies.Update) -> anomalies.Reaction:
@@ -285,7 +290,9 @@ def _measure(training: Training, batch: StepBatch, totals: _StepTotals, wait_sec
         len(micro_batch["labels"]) * model.flops_per_sample(**training.task.flops_per_sample_lengths(micro_batch))
         for micro_batch in batch.micro_batches
     )
-    training.meter.step_done(totals.target_tokens, batch.num_positions, batch.num_padding, wait_seconds, flops)
+    training.meter.step_done(
+        totals.target_tokens, batch.num_positions, batch.num_padding, wait_seconds, flops, batch.drawn
+    )
 
 
 def _quarantine(training: Training, batch: StepBatch, step: int) -> None:
@@ -306,24 +313,34 @@ def _report(
     lr: float,
 ) -> StepInfo:
     sections.enter("log", state.step)
-    meter, names = training.meter, training.corpus.count_names
-    objective, positions, padding, flops, *counts = distributed.all_reduce_sum(
-        (float(loss_sum), meter.positions, meter.padding, meter.flops, *(batch.counts.get(name, 0) for name in names))
+    meter, corpus, groups = training.meter, training.corpus, training.groups
+    memory = [0.0] * distributed.world_size()
+    memory[distributed.rank()] = memory_bytes()
+    sums = distributed.all_reduce_sums(
+        {
+            "loss": [float(loss_sum)],
+            "meter": [meter.positions, meter.padding, meter.flops],
+            "counts": [batch.counts.get(name, 0) for name in corpus.count_names],
+            "drawn": [meter.drawn[source] for source in corpus.mixed],
+            "squares": groups.sums(training.engine.squares),
+            "memory": memory,
+        }
     )
-    (memory,) = distributed.all_reduce_max([memory_bytes()])
+    positions, padding, flops = sums["meter"]
     return meter.report(
         state,
-        loss=objective / max(totals.target_tokens, 1),
+        loss=sums["loss"][0] / max(totals.target_tokens, 1),
         grad_norm=grad_norm,
         lr=lr,
         target_tokens=totals.target_tokens,
         positions=positions,
         padding=padding,
         flops=flops,
-        world_size=distributed.world_size(),
-        memory_bytes=int(memory),
+        memory=[int(size) for size in sums["memory"]],
         skipped_steps=training.engine.skipped_steps,
-        data={name: int(count) for name, count in zip(names, counts, strict=True)},
+        data={name: int(count) for name, count in zip(corpus.count_names, sums["counts"], strict=True)},
+        norms=groups.norms(sums["squares"], grad_norm),
+        drawn=dict(zip(corpus.mixed, sums["drawn"], strict=True)),
     )
 
 

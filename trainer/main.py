@@ -23,7 +23,7 @@ from trainer.data.loader import Loader
 from trainer.engine.ds_config import make_ds_config
 from trainer.errors import PeerError
 from trainer.evaluate import Evaluation, evaluate
-from trainer.expectation import Expectation, expect
+from trainer.expectation import Expectation, expect, figures
 from trainer.guards import watchdog
 from trainer.guards.signals import StopRequest, listening
 from trainer.host import allow_many_files, keep_freed_memory, return_freed_memory
@@ -32,6 +32,7 @@ from trainer.logs import run_log
 from trainer.loop import Outcome, Training, blank_of, fit, memory_bytes
 from trainer.metrics import RunInfo
 from trainer.metrics.meter import Meter, peak_flops
+from trainer.metrics.norms import LayerGroups
 from trainer.metrics.sinks import JsonLinesSink, SafeSinks
 from trainer.parallel.layout import make_layout
 from trainer.parallel.split import check_split
@@ -120,11 +121,11 @@ def assemble(
     stream = Stream(corpus, config.seed, config.batch.global_size, config.stop.epochs)
     layout = make_layout(plan.sequence_parallel, plan.tensor_parallel)
     dealers = make_dealers(stream, layout.data_rank, layout.data)
-    loader = Loader(dealers, task, plan, stream.row_lengths)
+    loader = Loader(dealers, task, plan, stream.row_lengths, mixed=corpus.mixed, mix_by=data.mix_by)
     blank = blank_of(task.collate([corpus.first_sample()]))
 
     ds_config = make_ds_config(plan)
-    planned = plan.to_dict() | {"predicted_memory_bytes": None if expected is None else round(expected.memory_bytes)}
+    planned = plan.to_dict() | figures(expected)
     distributed.on_rank_zero(lambda: directory.claim(config, overrides, planned, ds_config, tokenizer))
     log_to(directory.log(distributed.rank()))
     engine = make_engine(config, plan, build_model, layout)
@@ -155,7 +156,9 @@ def assemble(
     saved, copier = partial(_tell_saved, directory, sinks), make_copier(config, directory)
     checkpointer = Checkpointer(directory.checkpoints, engine, plan.to_dict(), config.checkpoint, saved, copier)
     facts_of_run = config, plan, layout, directory, task, corpus, loader, engine, checkpointer, schedule, meter
-    return Training(*facts_of_run, sinks, stop_request, trace, quarantine, blank), state, lanes
+    trained = [name for name, parameter in twin.named_parameters() if parameter.requires_grad]
+    groups = LayerGroups(trained, config.log.norms)
+    return Training(*facts_of_run, sinks, stop_request, groups, trace, quarantine, blank), state, lanes
 
 
 def _expected(config: Config) -> Expectation | None:

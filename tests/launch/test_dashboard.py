@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launch.dashboard import DashboardOptions, dashboard
+from tests.conftest import ROOT
+from tests.test_training import tiny
 from trainer.errors import SetupError
-from trainer.metrics import StepInfo
+from trainer.wording import flatten
 
 pytest.importorskip("wandb_workspaces")
 
@@ -68,23 +72,70 @@ def panels(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from section["panels"]
 
 
-def test_every_chart_is_of_something_that_runs_log(capsys: pytest.CaptureFixture[str]) -> None:
-    dashboard(DashboardOptions("translations", preview=True))
-    view = json.loads(capsys.readouterr().out)
-    assert view["project"] == "translations" and view["displayName"] == "Shardwright"
-    lines = [panel["config"] for panel in panels(view["spec"]) if panel["viewType"] == "Run History Line Plot"]
-    logged = {field.name for field in fields(StepInfo)}
-    drawn = {metric for config in lines for metric in config["metrics"]}
-    assert {metric for metric in drawn if not metric.startswith("eval/")} - logged == {"data.bad_record"}
-    assert logged - drawn == {"step", "data"}, "everything that is logged is drawn"
-    assert {config["xAxis"] for config in lines} == {"step"}
+LEFT_OUT = {"step", "eval/samples", "eval/seconds", "eval/perplexity", "eval/copy_bleu"}
+"""What a run writes and no chart shows: the axis, how an evaluation went, and what stands beside what is shown."""
+
+
+def previewed(capsys: pytest.CaptureFixture[str], **options: Any) -> dict[str, Any]:
+    dashboard(DashboardOptions("translations", preview=True, **options))
+    view: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return view
+
+
+def lines(view: dict[str, Any]) -> list[dict[str, Any]]:
+    return [panel["config"] for panel in panels(view["spec"]) if panel["viewType"] == "Run History Line Plot"]
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+def test_every_chart_is_of_something_that_a_run_writes(
+    run_trainer: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a mixture on two ranks logs and how it scores, as W&B names it."""
+    texts = {"greetings": "Guten Tag", "numbers": "eins zwei drei"}
+    for name, text in texts.items():
+        records = [{"en": f"{text} {number}", "de": f"{text} {number}"} for number in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sources = [
+        f"+data.sources.{name}={{path: {tmp_path}/{name}.jsonl, validation: {tmp_path}/{name}.jsonl}}" for name in texts
+    ]
+    evaluation = ["eval.every=2", "eval.max_samples=2", "eval.generate=true", "task.max_target_length=16"]
+    words = tiny("name=mixed", "steps=2", "engine=zero2", "batch.global_size=8", "data=mixture", *sources, *evaluation)
+    done = run_trainer(words, ranks=2).check()
+    rows = [json.loads(line) for line in (done.runs_dir / "mixed" / "metrics.jsonl").read_text().splitlines()]
+    written = {name for row in rows for name, _ in flatten(row)} - {"event", "split"}
+
+    drawn: set[str] = set()
+    for config in lines(previewed(capsys)):
+        if config["useMetricRegex"]:
+            matched = {name for name in written if re.fullmatch(config["metricRegex"], name)}
+            assert matched, f"no metric is called {config['metricRegex']}"
+            drawn |= matched
+        else:
+            drawn |= set(config["metrics"])
+        assert config["xAxis"] == "step"
+    assert drawn <= written
+    assert written - drawn == LEFT_OUT
+
+
+def test_a_sweep_is_drawn_along_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    view = previewed(capsys, axis=["optimizer.lr", "model.d_model"])
+    by_type = {panel["viewType"]: panel["config"] for panel in panels(view["spec"])}
+    columns = [column["accessor"] for column in by_type["Parallel Coordinates Plot"]["columns"]]
+    assert columns == ["config:optimizer.value.lr", "config:model.value.d_model", "summary:eval/loss"]
+    assert by_type["Scatter Plot"]["xAxis"] == "config:optimizer.value.lr"
+    assert by_type["Parameter Importance"]["targetKey"] == "eval/loss"
+    known = {"optimizer.lr", "batch.global_size", "seed"}
+    config = yaml.safe_load((ROOT / "configs" / "train.yaml").read_text())
+    assert known - {"optimizer.lr"} <= {name for name, _ in flatten(config)}, "the settings of a sweep by default"
 
 
 def test_a_server_is_given_the_view(saved: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     dashboard(DashboardOptions("translations", entity="us"))
     assert len(saved) == 1 and saved[0]["projectName"] == "translations" and saved[0]["entityName"] == "us"
     names = [section["name"] for section in json.loads(saved[0]["spec"])["section"]["panelBankConfig"]["sections"]]
-    assert names[:5] == ["Learning", "Speed", "Memory", "Data", "Events"] and {"Texts", "Comparison"} <= set(names)
+    assert names[:6] == ["Learning", "Gradients", "Speed", "Memory", "Data", "Events"]
+    assert {"Texts", "Comparison", "Sweep"} <= set(names)
     assert "/us/translations?nw=" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,16 +16,16 @@ MakeStep = Callable[..., StepInfo]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    def make(first_step: int = 0, total_steps: int = 100) -> RunInfo:
+    def make(first_step: int = 0, total_steps: int = 100, **predicted: float) -> RunInfo:
         config = {"model": {"_target_": "a.B", "sizes": [1, 2]}, "seed": 7}
-        return RunInfo("trial", tmp_path, config, {"world_size": 2}, total_steps, first_step)
+        return RunInfo("trial", tmp_path, config, {"world_size": 2, **predicted}, total_steps, first_step)
 
     return make
 
 
 @pytest.fixture
 def make_step() -> MakeStep:
-    def make(step: int, loss: float = 2.5, skipped_steps: int = 0) -> StepInfo:
+    def make(step: int, loss: float = 2.5, skipped_steps: int = 0, **more: Any) -> StepInfo:
         return StepInfo(
             step=step,
             tokens=step * 1000,
@@ -41,7 +42,7 @@ def make_step() -> MakeStep:
             mfu=None,
             memory_bytes=10**9,
             skipped_steps=skipped_steps,
-            data={"bad_record": 2},
+            **{"data": {"bad_record": 2}, **more},
         )
 
     return make

@@ -60,6 +60,11 @@ class Corpus:
         """What `StepBatch.counts` may count: bad records, and what each stage removed or changed."""
         return [BAD_RECORD, *dict.fromkeys(stage.name for stages in self.stages.values() for stage in stages)]
 
+    @property
+    def mixed(self) -> list[str]:
+        """The sources of a mixture; [] where there is one alone."""
+        return list(self.data.sources) if len(self.data.sources) > 1 else []
+
     def check(self, split: str) -> None:
         """Raise DataError unless the first record of every source's split has its task's columns."""
         for name in self._with(split):

@@ -19,6 +19,12 @@ _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
+_WITHOUT = {
+    "validation": "To go without, set eval.every=0 and eval.final_split=test or none.",
+    "test": "To go without, set eval.final_split=validation or none.",
+}
+"""What does not ask for a split."""
+
 
 class Dataset:
     """A data set in up to three splits: a file, glob, folder, URL or `corpora:NAME`, or a Hugging Face data set."""
@@ -110,7 +116,8 @@ class Dataset:
             raise DataError(f"There is no split {split}; the splits are {', '.join(self._splits)}.")
         value = self._splits[split]
         if value is None:
-            raise DataError(f"{self._key}.{split} is null: the data set {self._told} has no such split.")
+            without = f" {_WITHOUT[split]}" if split in _WITHOUT else ""
+            raise DataError(f"{self._key}.{split} is null: the data set {self._told} has no such split.{without}")
         if self._part is not None:
             source: Source = build(self._part, f"{self._key}.source", split=value)
             return source

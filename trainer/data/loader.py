@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from trainer.tasks import PacksRows
 if TYPE_CHECKING:
     from trainer.data.dealers import Dealer
     from trainer.data.lanes import Row
-    from trainer.data.reader import Rejected
+    from trainer.data.mixture import MixBy
+    from trainer.data.reader import Rejected, Sample
     from trainer.plan import RunPlan
     from trainer.tasks import Batch, Task
 
@@ -31,7 +32,8 @@ class StepBatch:
     done after this step, mean over this rank's lanes. lane_states: JSON-able, this rank's lanes after this step.
     exhausted: this rank has no samples, and never will again. rejected: records in the blocks that this step began on,
     each told by one rank; counts: all that this rank's lanes rejected or changed so far, by stage, for a sum over
-    ranks. failure: why there is no batch: the stream broke; the state is that of the step before.
+    ranks. drawn: of a mixture, what each source gave of this rank's samples, in what its weights count. failure: why
+    there is no batch: the stream broke; the state is that of the step before.
     """
 
     micro_batches: list[Batch]
@@ -45,6 +47,7 @@ class StepBatch:
     exhausted: bool
     rejected: list[Rejected]
     counts: Mapping[str, int]
+    drawn: Mapping[str, int] = field(default_factory=dict)
     failure: BaseException | None = None
 
 
@@ -67,13 +70,17 @@ class Loader:
         plan: RunPlan,
         row_lengths: tuple[int, ...] | None = None,
         prefetch: int = 2,
+        mixed: Sequence[str] = (),
+        mix_by: MixBy = "samples",
     ) -> None:
         """dealers: of this rank; row_lengths: of packed rows, None = nothing is packed; prefetch: steps prepared ahead,
-        >= 1."""
+        >= 1; mixed: the sources of a mixture, in the order of the keys of their samples; mix_by: what weights count."""
         self._dealers = dealers
         self._task = task
         self._plan = plan
         self._row_lengths = row_lengths
+        self._mixed = mixed
+        self._mix_by = mix_by
         self._queue: SimpleQueue[StepBatch] = SimpleQueue()
         self._slots = threading.Semaphore(prefetch)
         self._stop = False
@@ -154,7 +161,14 @@ class Loader:
             exhausted=all(one.exhausted for one in dealt),
             rejected=[rejected for one in dealt for rejected in one.rejected],
             counts=sum((Counter(one.counts) for one in dealt), Counter()),
+            drawn=self._drawn(samples),
         )
+
+    def _drawn(self, samples: Sequence[Sample]) -> Mapping[str, int]:
+        drawn: Counter[str] = Counter()
+        for sample in samples if self._mixed else ():
+            drawn[self._mixed[sample.key[0]]] += sample.encoded.num_target_tokens if self._mix_by == "tokens" else 1
+        return drawn
 
     def _collate(self, rows: Sequence[Row]) -> Batch:
         if self._row_lengths is None:

@@ -48,14 +48,19 @@ class AveragingEngine:
         """See the contract."""
         return self._engine.forward_backward(task, batch, scale, last)
 
-    def step(self, lr: float, max_norm: float = math.inf) -> float:
+    def step(self, lr: float, max_norm: float = math.inf, measure: bool = False) -> float:
         """See the contract. Without an update, the average stays as it is, too."""
         skipped = self.skipped_steps
-        norm = self._engine.step(lr, max_norm)
+        norm = self._engine.step(lr, max_norm, measure)
         if self.skipped_steps == skipped:
             masters, averages = zip(*self._pairs(), strict=True)
             torch._foreach_lerp_(averages, masters, 1.0 - self._decay)
         return norm
+
+    @property
+    def squares(self) -> Mapping[str, float]:
+        """See the contract."""
+        return self._engine.squares
 
     @property
     def skipped_steps(self) -> int:

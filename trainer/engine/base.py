@@ -58,6 +58,13 @@ class Engine(Protocol):
     ranks_must_step_together: bool
     """True when `forward` is a collective (ZeRO-3): every rank must run the same number of forward passes."""
 
+    @property
+    def squares(self) -> Mapping[str, float]:
+        """By parameter, what this rank tells of its gradient's squared norm in the last step that was to `measure`.
+
+        Over all ranks they add up to all of it, times a factor that all have in common. {}: no gradient that is finite.
+        """
+
     def forward_backward(self, task: Task, batch: Batch, scale: float, last: bool) -> LossSums:
         """Loss of one micro-batch and its gradient x `scale`, added to the gradients of this step.
 
@@ -66,8 +73,9 @@ class Engine(Protocol):
         be reduced now).
         """
 
-    def step(self, lr: float, max_norm: float = math.inf) -> float:
+    def step(self, lr: float, max_norm: float = math.inf, measure: bool = False) -> float:
         """Clip, update with learning rate `lr`, clear the gradients; returns the global gradient norm before clipping.
+        measure: also leave `squares`.
 
         There is no update where that norm is not finite or above `max_norm`: masters and optimizer states stay as they
         are.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy
@@ -15,6 +15,16 @@ from trainer.engine.base import Fragment
 def passes(norm: float, max_norm: float) -> bool:
     """Whether a gradient of this norm may update the parameters."""
     return math.isfinite(norm) and norm <= max_norm
+
+
+def squares_of(pieces: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:
+    """By parameter the sum of squares of its pieces of the gradient; one transfer from the device for all."""
+    squares: dict[str, float] = {}
+    if pieces:
+        norms = torch.stack(torch._foreach_norm([piece for _, piece in pieces]))
+        for (name, _), square in zip(pieces, norms.double().square().tolist(), strict=True):
+            squares[name] = squares.get(name, 0.0) + square
+    return squares
 
 
 def materialise_state(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:

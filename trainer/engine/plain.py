@@ -25,6 +25,7 @@ from trainer.engine.optimizer_state import (
     materialise_state,
     passes,
     set_step,
+    squares_of,
     tensor_states,
 )
 from trainer.optim import set_learning_rate
@@ -58,6 +59,7 @@ class PlainEngine:
         self._slices = slices or {}
         self._clip_norm = clip_norm
         self.skipped_steps = 0
+        self.squares: Mapping[str, float] = {}
         self._names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._offsets = _offsets(parameters)
@@ -110,9 +112,11 @@ class PlainEngine:
             dist.all_reduce(self._sum_flat, group=self._layout.shard_group)
         return sums
 
-    def step(self, lr: float, max_norm: float = math.inf) -> float:
+    def step(self, lr: float, max_norm: float = math.inf, measure: bool = False) -> float:
         """See the contract."""
         norm = self._norm()
+        if measure:
+            self.squares = squares_of(self._own_sums()) if math.isfinite(norm) else {}
         if passes(norm, max_norm):
             self._update(lr, norm)
         else:
@@ -130,6 +134,14 @@ class PlainEngine:
         everywhere = squares.clone()
         dist.all_reduce(everywhere, group=self._layout.tensor_group)
         return float((squares[0] + everywhere[1]).sqrt())
+
+    def _own_sums(self) -> list[tuple[str, torch.Tensor]]:
+        """(parameter, gradient) of those that this rank speaks for; ranks with the same take turns."""
+        return [
+            (name, gradient)
+            for turn, (name, gradient) in enumerate(zip(self._names, self._sums, strict=True))
+            if turn % self._layout.shards == self._layout.shard_rank and self._layout.saves(name in self._slices)
+        ]
 
     def _update(self, lr: float, norm: float) -> None:
         if self._clip_norm is not None and norm > self._clip_norm:

@@ -29,6 +29,7 @@ from trainer.engine.optimizer_state import (
     materialise_state,
     passes,
     set_step,
+    squares_of,
     tensor_states,
 )
 from trainer.engine.plain import BuildOptimizer
@@ -186,6 +187,7 @@ class ZeroEngine:
         self.model: torch.nn.Module = self._engine
         self._base_optimizer: torch.optim.Optimizer = self._optimizer.optimizer
         self.skipped_steps = 0
+        self.squares: Mapping[str, float] = {}
         if hasattr(self._optimizer, "loss_scaler"):
             self._optimizer.loss_scaler.raise_error_at_min_scale = False  # `trainer.guards.anomalies` sees to it
 
@@ -197,10 +199,11 @@ class ZeroEngine:
         self._engine.backward(sums.objective * (scale * self._layout.shards), scale_wrt_gas=False)
         return sums
 
-    def step(self, lr: float, max_norm: float = math.inf) -> float:
+    def step(self, lr: float, max_norm: float = math.inf, measure: bool = False) -> float:
         """See the contract."""
         set_learning_rate(self._base_optimizer, lr)
-        with self._updating_up_to(max_norm):
+        self.squares = {}
+        with self._updating_up_to(max_norm, measure):
             self._engine.step()
         self.skipped_steps += not passes(self._norm(), max_norm)
         return self._norm()
@@ -209,19 +212,39 @@ class ZeroEngine:
         return float(self._optimizer._global_grad_norm or 0.0)
 
     @contextmanager
-    def _updating_up_to(self, max_norm: float) -> Iterator[None]:
-        """Inside, the optimizer in DeepSpeed's hands does nothing for a larger gradient.
+    def _updating_up_to(self, max_norm: float, measure: bool) -> Iterator[None]:
+        """Inside, the optimizer in DeepSpeed's hands does nothing for a larger gradient, and, to `measure`, looks at
+        what it is given.
 
         Every stage knows the norm before it calls the optimizer, writes masters into parameters after it, which changes
         nothing then, and clears the gradients.
         """
         optimizer: Any = self._base_optimizer
         update = optimizer.step
-        optimizer.step = lambda *_: update() if passes(self._norm(), max_norm) else None
+
+        def step(*_: Any) -> None:
+            if measure:
+                self._add_squares()
+            if passes(self._norm(), max_norm):
+                update()
+
+        optimizer.step = step
         try:
             yield
         finally:
             del optimizer.step
+
+    def _add_squares(self) -> None:
+        """Measure the gradients that lie ready for the optimizer: of a parameter group, or a sub-group in stage 3."""
+        flats = [flat for group in self._base_optimizer.param_groups for flat in group["params"]]
+        pieces = [
+            (piece.parameter, flat.grad.narrow(0, piece.offset, piece.numel))
+            for flat in flats
+            if flat.grad is not None
+            for piece in self._pieces(flat)
+            if piece.numel and self._layout.saves(piece.parameter in self._slices)
+        ]
+        self.squares = {**self.squares, **squares_of(pieces)}
 
     def _flats(self) -> list[torch.Tensor]:
         """The fp32 masters of this rank: one flat tensor a parameter group (a sub-group in stage 3)."""

@@ -20,6 +20,7 @@ from trainer.config import Config, GuardConfig, OnAnomaly, Precision
 from trainer.engine.base import Engine
 from trainer.engine.optimizer_state import passes
 from trainer.metrics.json_lines import JsonLines
+from trainer.metrics.norms import Norms
 from trainer.metrics.sinks import SafeSinks
 from trainer.run_directory import RunDirectory
 from trainer.state import TrainState
@@ -58,9 +59,10 @@ class Update:
 
 
 def update(
-    engine: Engine, config: Config, state: TrainState, lr: float, loss_sum: torch.Tensor, target_tokens: int
+    engine: Engine, config: Config, state: TrainState, lr: float, loss_sum: torch.Tensor, target_tokens: int, told: bool
 ) -> Update:
-    """The optimizer's step after `state`, unless loss or gradient are anomalous; loss_sum: of this rank.
+    """The optimizer's step after `state`, unless loss or gradient are anomalous; loss_sum: of this rank. told: the step
+    will be logged.
 
     The loss is looked at under `guard.spike_factor` only, for it takes an exchange: one that is not finite mostly gives
     a gradient that is not finite.
@@ -71,7 +73,7 @@ def update(
         max_loss, max_norm = (_limit(config.guard.spike_factor, usual) for usual in (state.losses, state.grad_norms))
         loss = _global_loss(loss_sum, target_tokens)
     loss_passes = loss is None or passes(loss, max_loss)
-    norm = engine.step(lr, max_norm if loss_passes else -math.inf)
+    norm = engine.step(lr, max_norm if loss_passes else -math.inf, measure=told and config.log.norms != Norms.none)
     scale = engine.scalars()["loss_scale"] if config.precision == Precision.fp16 else None
     if loss_passes and (passes(norm, max_norm) or _lowers_its_scale(scale, norm)):
         return Update(norm, loss, loss_scale=scale)

@@ -12,7 +12,7 @@ The contract of a sink: `open(run)` once on rank 0 after the process group exist
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,10 @@ class StepInfo:
     logged step; step_seconds: mean since the last logged step; loader_wait_seconds: mean wait for data per step since
     then; mfu: model FLOP/s over the peak, or None where the peak is unknown; memory_bytes: peak resident (CPU) or
     allocated (GPU) memory of the largest rank; skipped_steps: steps without an update so far; data:
-    records in the first pass that could not be used ("bad_record"), and those each stage removed or changed, so far.
+    records in the first pass that could not be used ("bad_record"), and those each stage removed or changed, so far;
+    norms: of the gradient before clipping by group of layers (see `log.norms`), together `grad_norm`; mixture: the
+    share of each source since the last logged step, in what the weights count, {} of a single source; memory_by_rank:
+    peaks like memory_bytes, where one has grown since they were last told, else {}.
     """
 
     step: int
@@ -45,6 +48,13 @@ class StepInfo:
     memory_bytes: int
     skipped_steps: int
     data: Mapping[str, int]
+    norms: Mapping[str, float] = field(default_factory=dict)
+    mixture: Mapping[str, float] = field(default_factory=dict)
+    memory_by_rank: Mapping[str, int] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """Plain containers, without mappings that have nothing in them."""
+        return {name: value for name, value in asdict(self).items() if value != {}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Literal, TextIO
 
 from trainer.metrics import RunInfo, StepInfo
 from trainer.metrics.json_lines import json_line
 from trainer.metrics.live import LiveView
-from trainer.wording import format_seconds, short_number
+from trainer.metrics.watched import WatchedRun, evaluation_words
+from trainer.wording import format_seconds
 
 Mode = Literal["auto", "live", "lines", "json", "quiet"]
+
+
+_DETAILS = 10
+"""Of so many logged steps, plain lines tell one in detail."""
 
 
 class ConsoleSink:
     """Progress on standard output.
 
     mode: `live`, a few lines redrawn at each logged step, other output above them; `lines`, a line for each logged
-    step; `json`, the objects of metrics.jsonl, a line each; `quiet`, events and the end alone; `auto`, live on a
-    terminal and lines elsewhere. NO_COLOR, as everywhere, takes the colours away.
+    step, and what the live view shows beside it behind the first and every tenth; `json`, the objects of metrics.jsonl,
+    a line each; `quiet`, events and the end alone; `auto`, live on a terminal that can redraw and lines elsewhere.
+    NO_COLOR, as everywhere, takes the colours away.
     """
 
     def __init__(
@@ -39,9 +45,10 @@ class ConsoleSink:
         self._out = self._stream or sys.stdout
         self._total_steps = run.total_steps
         self._step = run.first_step
-        self._opened_at = self._clock()
-        if self._mode == "live" or (self._mode == "auto" and self._out.isatty()):
-            self._live = LiveView(run, self._out)
+        self._watched = WatchedRun(run, self._clock)
+        self._lines = 0
+        if self._mode == "live" or (self._mode == "auto" and _redraws(self._out)):
+            self._live = LiveView(run, self._out, self._clock)
 
     def log(self, info: StepInfo) -> None:
         """See the contract."""
@@ -49,10 +56,15 @@ class ConsoleSink:
         if self._live is not None:
             self._live.log(info)
         elif self._mode == "json":
-            self._print(json_line(asdict(info)))
+            self._print(json_line(info.row()))
         elif self._mode != "quiet":
+            self._watched.log(info)
             width = len(str(self._total_steps))
-            self._print(f"step {info.step:>{width}}/{self._total_steps}  {describe_step(info, self._total_steps)}")
+            self._print(f"step {info.step:>{width}}/{self._total_steps}  {self._described(info)}")
+            if self._lines % _DETAILS == 0:
+                for row, words in self._watched.rows().items():
+                    self._print(f"  {row:<8}  {'  '.join(fact.text for fact in words)}")
+            self._lines += 1
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """See the contract."""
@@ -61,8 +73,7 @@ class ConsoleSink:
         elif self._mode == "json":
             self._print(json_line({"step": step, **metrics}))
         elif self._mode != "quiet":
-            figures = "  ".join(f"{name.removeprefix('eval/')} {short_number(v)}" for name, v in metrics.items())
-            self._print(f"evaluation at step {step}  {figures}")
+            self._print(f"evaluation at step {step}  {evaluation_words(metrics)}")
 
     def event(self, step: int, message: str) -> None:
         """See the contract."""
@@ -82,17 +93,22 @@ class ConsoleSink:
         if self._mode == "json":
             self._print(json_line({"step": self._step, "status": status}))
         else:
-            self._print(f"{status} at step {self._step} after {format_seconds(self._clock() - self._opened_at)}")
+            self._print(f"{status} at step {self._step} after {format_seconds(self._watched.elapsed_seconds)}")
 
     def _print(self, line: str) -> None:
         print(line, file=self._out, flush=True)
 
+    def _described(self, info: StepInfo) -> str:
+        """The facts of a step that fit a line, with the time left at the present pace."""
+        left = self._watched.left_seconds
+        skipped = f"  skipped {info.skipped_steps}" if info.skipped_steps else ""
+        return (
+            f"loss {info.loss:.4f}  {info.tokens_per_second:,.0f} tokens/s  lr {info.lr:.2e}"
+            f"  grad {info.grad_norm:.2f}{skipped}  ETA {'unknown' if left is None else format_seconds(left)}"
+        )
 
-def describe_step(info: StepInfo, total_steps: int) -> str:
-    """The facts of a step that fit a line, with the time left at the present pace."""
-    left = format_seconds(info.step_seconds * max(0, total_steps - info.step))
-    skipped = f"  skipped {info.skipped_steps}" if info.skipped_steps else ""
-    return (
-        f"loss {info.loss:.4f}  {info.tokens_per_second:,.0f} tokens/s  lr {info.lr:.2e}"
-        f"  grad {info.grad_norm:.2f}{skipped}  ETA {left}"
-    )
+
+def _redraws(stream: TextIO) -> bool:
+    """Whether this is a terminal that can move its cursor and show bars."""
+    encoding = (getattr(stream, "encoding", None) or "utf-8").lower()
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and encoding.startswith("utf")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,7 +26,7 @@ class CsvSink:
 
     def log(self, info: StepInfo) -> None:
         """See the contract."""
-        self._steps.append(dict(flatten(asdict(info))))
+        self._steps.append(dict(flatten(info.row())))
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """See the contract."""

@@ -21,8 +21,14 @@ _EVENT = b'"event"'
 
 def json_line(row: Mapping[str, Any]) -> str:
     """An object as one line; numbers that are not finite become null, so that it is valid JSON."""
-    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _finite(v) if isinstance(v, Mapping) else None if isinstance(v, float) and not math.isfinite(v) else v
+        for key, v in row.items()
+    }
 
 
 class JsonLines:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ class JsonLinesSink:
 
     def log(self, info: StepInfo) -> None:
         """See the contract."""
-        self._write(asdict(info))
+        self._write(info.row())
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """See the contract."""

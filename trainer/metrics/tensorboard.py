@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from trainer.errors import SetupError
@@ -36,7 +35,7 @@ class TensorBoardSink:
 
     def log(self, info: StepInfo) -> None:
         """See the contract."""
-        self._scalars(info.step, "train/", {name: v for name, v in flatten(asdict(info)) if name != "step"})
+        self._scalars(info.step, "train/", {name: v for name, v in flatten(info.row()) if name != "step"})
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """See the contract."""

@@ -9,7 +9,6 @@ import re
 import threading
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +90,7 @@ class WandbSink:
     def log(self, info: StepInfo) -> None:
         """See the contract."""
         if self._run is not None:
-            self._run.log({name: value for name, value in asdict(info).items() if value is not None})
+            self._run.log({name: value for name, value in info.row().items() if value is not None})
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """See the contract. A few of the generations written for this step go along as a table."""

@@ -32,7 +32,8 @@ def report(options: ReportOptions) -> None:
         raise ConfigError("run=... is missing: the name of a run; repeat it to compare several.")
     directories = [RunDirectory.existing(name, options.runs_dir, f"run={name}") for name in dict.fromkeys(options.run)]
     page = Path(options.to) if options.to is not None else directories[0].path / "report.html"
-    write_report([read_history(directory) for directory in directories], page)
+    told = None if options.to is None else f"to={page}"
+    write_report([read_history(directory) for directory in directories], page, told)
     print(f"{page}\n{page.with_suffix('.png')}")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import SetupError
 from trainer.report.history import Curve, History, thinned
@@ -12,82 +13,146 @@ from trainer.report.history import Curve, History, thinned
 MOST_POINTS = 2000
 """Of a curve, drawn: a screen has no more columns."""
 
+_FEW = 20
+"""Points that are marked one by one."""
+
+_COLOURS = ("#3b5bdb", "#e8590c", "#2b8a3e", "#9c36b5", "#c92a2a", "#0b7285", "#846200", "#495057")
+_DASHES = ("solid", "dash", "dot", "dashdot")
+
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart: the curve of each run by this name, times `scale`."""
+    """A chart. curves: name in `History.curves` -> how the legend calls it; or, of a `family`, all whose names begin
+    with `family.`; scale: what values are multiplied by; holds: a value holds until the next one; rare: of nothing but
+    zeros, there is nothing to see."""
 
-    curve: str
+    section: str
     title: str
+    curves: Mapping[str, str] = field(default_factory=dict)
+    family: str | None = None
     scale: float = 1.0
+    holds: bool = False
+    rare: bool = False
+    log: bool = False
+
+    def members(self, history: History) -> dict[str, str]:
+        """Those of its curves that a run has, and what they are called."""
+        if self.family is None:
+            return {name: label for name, label in self.curves.items() if name in history.curves}
+        prefix = f"{self.family}."
+        return {name: name.removeprefix(prefix) for name in history.curves if name.startswith(prefix)}
 
 
+@dataclass(frozen=True)
+class Line:
+    """What is drawn of a run in a panel."""
+
+    run: int
+    member: int
+    label: str
+    curve: Curve
+
+
+def _one(section: str, title: str, curve: str, **more: Any) -> Panel:
+    return Panel(section, title, {curve: ""}, **more)
+
+
+_LEARNING, _SPEED, _DATA = "Learning", "Speed and memory", "Data"
 _PANELS = (
-    Panel("loss", "training loss, nats per target token"),
-    Panel("eval/loss", "validation loss, nats per target token"),
-    Panel("lr", "learning rate"),
-    Panel("grad_norm", "norm of the gradient"),
-    Panel("tokens_per_second", "target tokens per second"),
-    Panel("mfu", "model FLOP/s over the peak (MFU)"),
-    Panel("step_seconds", "seconds a step"),
-    Panel("loader_wait_seconds", "seconds a step spent waiting for data"),
-    Panel("padding_fraction", "padding, share of positions"),
-    Panel("memory_bytes", "peak memory of the largest rank, GB", 1e-9),
-    Panel("skipped_steps", "steps without an update, so far"),
-    Panel("data.bad_record", "records that could not be used, so far"),
+    Panel(_LEARNING, "loss, nats per target token", {"loss": "training", "eval/loss": "validation"}),
+    _one(_LEARNING, "learning rate", "lr"),
+    _one(_LEARNING, "norm of the gradient, before clipping", "grad_norm", log=True),
+    Panel(_LEARNING, "norm of the gradient by group of layers", family="norms", log=True),
+    _one(_LEARNING, "steps without an update, so far", "skipped_steps", rare=True),
+    _one(_SPEED, "target tokens per second", "tokens_per_second"),
+    Panel(_SPEED, "seconds a step", {"step_seconds": "whole", "loader_wait_seconds": "waiting for data"}),
+    _one(_SPEED, "model FLOP/s over the peak (MFU)", "mfu"),
+    _one(_SPEED, "peak memory of the largest rank, GB", "memory_bytes", scale=1e-9),
+    Panel(_SPEED, "peak memory by rank, GB", family="memory_by_rank", scale=1e-9, holds=True),
+    _one(_DATA, "padding, share of positions", "padding_fraction"),
+    Panel(_DATA, "records not used or changed, so far", family="data", rare=True),
+    Panel(_DATA, "mixture: share of each source", family="mixture"),
 )
-_NOT_DRAWN = {"eval/seconds", "eval/samples", *(panel.curve for panel in _PANELS)}
+_NOT_DRAWN = {"eval/seconds", "eval/samples", "eval/perplexity", *(name for panel in _PANELS for name in panel.curves)}
 
 
 def panels_of(histories: Sequence[History]) -> list[Panel]:
-    """The panels that any run has a curve for; every other metric of evaluations comes after the losses."""
-    names = {name for history in histories for name in history.curves}
-    known = [panel for panel in _PANELS if panel.curve in names]
-    others = sorted(name for name in names - _NOT_DRAWN if name.startswith("eval/"))
-    metrics = [Panel(name, f"validation: {name.removeprefix('eval/')}") for name in others]
-    losses = [panel for panel in known if panel.curve in ("loss", "eval/loss")]
-    return losses + metrics + [panel for panel in known if panel not in losses]
+    """The panels that any run has something to show in; every other metric of evaluations comes after the losses."""
+    others = sorted({name for history in histories for name in history.curves if name.startswith("eval/")} - _NOT_DRAWN)
+    metrics = [_one(_LEARNING, f"validation: {name.removeprefix('eval/')}", name) for name in others]
+    first, *rest = _PANELS
+    return [panel for panel in (first, *metrics, *rest) if _shows(panel, histories)]
 
 
-def drawn_curve(history: History, panel: Panel) -> Curve:
-    """What a panel shows of a run; nothing where the run has no such curve."""
-    steps, values = thinned(history.curves.get(panel.curve, ([], [])), MOST_POINTS)
-    return steps, [value * panel.scale for value in values]
+def _shows(panel: Panel, histories: Sequence[History]) -> bool:
+    lines = lines_of(panel, histories)
+    return any(any(line.curve[1]) for line in lines) if panel.rare else bool(lines)
 
 
-def interactive(histories: Sequence[History]) -> list[str]:
-    """A `<div>` for each panel; the first brings the library that draws them all. Raises SetupError without plotly."""
+def lines_of(panel: Panel, histories: Sequence[History]) -> list[Line]:
+    """The lines of all runs, thinned to what a screen shows."""
+    lines = []
+    for run, history in enumerate(histories):
+        for member, (name, label) in enumerate(panel.members(history).items()):
+            steps, values = thinned(history.curves[name], MOST_POINTS)
+            if panel.holds and steps[-1] < history.last_step:
+                steps, values = [*steps, history.last_step], [*values, values[-1]]
+            words = [history.name] if len(histories) > 1 or not label else []
+            told = ": ".join([*words, label] if label else words)
+            lines.append(Line(run, member, told, (steps, [value * panel.scale for value in values])))
+    return lines
+
+
+def _alone(lines: Sequence[Line]) -> bool:
+    """Whether the lines are of one run, so that colours tell its curves apart; else they tell the runs."""
+    return len({line.run for line in lines}) == 1
+
+
+def interactive(histories: Sequence[History]) -> dict[str, list[str]]:
+    """By section a `<div>` for each panel; the first brings the library that draws them all. Raises SetupError without
+    plotly."""
     try:
         from plotly import graph_objects
     except ImportError as error:
         raise SetupError("The page's charts need plotly; install shardwright[plots].") from error
-    divs: list[str] = []
-    for panel in panels_of(histories):
+    sections: dict[str, list[str]] = {}
+    for number, panel in enumerate(panels_of(histories)):
         figure = graph_objects.Figure()
-        for history in histories:
-            steps, values = drawn_curve(history, panel)
-            if steps:
-                mode = "lines+markers" if len(steps) < 20 else "lines"
-                figure.add_scatter(x=steps, y=values, name=history.name, mode=mode)
+        lines = lines_of(panel, histories)
+        alone = _alone(lines)
+        for line in lines:
+            steps, values = line.curve
+            colour = _COLOURS[(line.member if alone else line.run) % len(_COLOURS)]
+            dash = "solid" if alone else _DASHES[line.member % len(_DASHES)]
+            figure.add_scatter(
+                x=steps,
+                y=values,
+                name=line.label,
+                mode="lines+markers" if len(steps) < _FEW else "lines",
+                line={"color": colour, "dash": dash, "width": 1.8, "shape": "hv" if panel.holds else "linear"},
+            )
         figure.update_layout(
-            title={"text": panel.title, "font": {"size": 14}},
-            xaxis_title="step",
-            height=300,
-            margin={"l": 50, "r": 10, "t": 40, "b": 40},
-            showlegend=len(histories) > 1,
-            legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+            title={"text": panel.title, "font": {"size": 14}, "x": 0.01, "xanchor": "left"},
+            xaxis={"title": {"text": "step", "standoff": 4}},
+            yaxis={"type": "log" if panel.log else "linear"},
+            height=310 if len(lines) < 2 else 330,
+            margin={"l": 56, "r": 12, "t": 40, "b": 40},
+            showlegend=len(lines) > 1,
+            legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0, "xanchor": "left"},
             hovermode="x unified",
             template="plotly_white",
         )
-        library = "inline" if not divs else False
-        divs.append(
-            figure.to_html(full_html=False, include_plotlyjs=library, config={"displaylogo": False, "responsive": True})
+        unused = ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+        settings = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": unused}
+        library = False if number else "inline"
+        sections.setdefault(panel.section, []).append(
+            figure.to_html(full_html=False, include_plotlyjs=library, config=settings)
         )
-    return divs
+    return sections
 
 
 def draw_png(histories: Sequence[History], path: Path) -> None:
-    """The panels as one picture, a line a run. Raises SetupError without matplotlib."""
+    """The panels as one picture. Raises SetupError without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -101,12 +166,22 @@ def draw_png(histories: Sequence[History], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, panel in zip(axes.flat, panels, strict=False):
-        for history in histories:
-            steps, values = drawn_curve(history, panel)
-            axis.plot(steps, values, label=history.name, marker="." if len(steps) < 20 else None)
+        lines = lines_of(panel, histories)
+        alone = _alone(lines)
+        for line in lines:
+            axis.plot(
+                *line.curve,
+                label=line.label,
+                color=_COLOURS[(line.member if alone else line.run) % len(_COLOURS)],
+                linestyle="-" if alone else ("-", "--", ":", "-.")[line.member % 4],
+                marker="." if len(line.curve[0]) < _FEW else None,
+                drawstyle="steps-post" if panel.holds else "default",
+            )
         axis.set(title=panel.title, xlabel="step")
+        if panel.log and all(value > 0 for line in lines for value in line.curve[1]):
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
-    if len(histories) > 1:
-        axes.flat[0].legend()
+        if len(lines) > 1:
+            axis.legend(fontsize="small", ncols=1 + len(lines) // 6)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -42,13 +42,46 @@ class History:
         values = self.curves.get(curve, ([], []))[1]
         return values[-1] if values else None
 
+    @property
+    def last_step(self) -> int:
+        """The newest logged step; 0 before the first."""
+        return max((steps[-1] for steps, _ in self.curves.values()), default=0)
+
     def samples(self, most: int) -> list[dict[str, Any]]:
         """The first texts of the newest evaluation that wrote any."""
         files = sorted((self.directory / "generations").glob("step_*.jsonl"))
-        if not files:
+        return _first_lines(files[-1], most) if files else []
+
+    def developing(self, texts: int, steps: int) -> list[tuple[dict[str, Any], list[tuple[int, str]]]]:
+        """How the first `texts` of the validation split came out at most `steps` of its evaluations, evenly spaced: a
+        text, and (step, hypothesis) of each; [] of fewer than two evaluations."""
+        files = sorted(
+            path for path in (self.directory / "generations").glob("step_*.jsonl") if path.name.count(".") == 1
+        )
+        chosen = [files[place * (len(files) - 1) // (steps - 1)] for place in range(steps)] if files else []
+        by_step = {int(path.stem.removeprefix("step_")): _first_lines(path, texts) for path in dict.fromkeys(chosen)}
+        if len(by_step) < 2:
             return []
-        with files[-1].open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in islice(lines, most)]
+        together = zip(*by_step.values(), strict=False)
+        return [
+            (rows[-1], [(step, row.get("hypothesis", "")) for step, row in zip(by_step, rows, strict=True)])
+            for rows in together
+        ]
+
+    def quarantine(self, most: int) -> tuple[list[tuple[str, int]], list[dict[str, Any]]]:
+        """Of the records that gave no sample: (stage, how many), and the first of them."""
+        path = self.directory / "quarantine.jsonl"
+        if not path.exists():
+            return [], []
+        with path.open(encoding="utf-8") as lines:
+            counts = Counter(json.loads(line)["stage"] for line in lines if line.endswith("\n"))
+        return counts.most_common(), _first_lines(path, most)
+
+
+def _first_lines(path: Path, most: int) -> list[dict[str, Any]]:
+    """Objects of the first whole lines of a file."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in islice(lines, most) if line.endswith("\n")]
 
 
 def read_history(directory: RunDirectory) -> History:

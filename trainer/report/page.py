@@ -14,6 +14,12 @@ from trainer.report.history import History, differing_settings
 _SAMPLES = 12
 """Texts of each run that the page shows."""
 
+_DEVELOPING, _STEPS = 3, 8
+"""Texts that are shown as they came out at so many evaluations."""
+
+_REJECTED = 10
+"""Records that gave no sample, shown with their reasons."""
+
 _FACTS = (
     ("state", lambda run: f"{run.status.get('state', 'unknown')}: {run.status.get('reason', '')}"),
     ("step", lambda run: _number(run.status.get("step"))),
@@ -25,19 +31,25 @@ _FACTS = (
     ("validation loss", lambda run: _number(run.last("eval/loss"))),
     ("target tokens", lambda run: _number(run.last("tokens"))),
     ("target tokens per second", lambda run: _number(run.last("tokens_per_second"))),
-    ("peak memory of a rank, GB", lambda run: _number((run.last("memory_bytes") or 0) * 1e-9 or None)),
+    ("seconds a step", lambda run: _beside(run.last("step_seconds"), run.plan.get("predicted_step_seconds"))),
+    ("peak memory of a rank, GB", lambda run: _beside(*_gigabytes(run))),
+    ("steps without an update", lambda run: _number(_whole(run.last("skipped_steps")))),
+    ("padding, newest", lambda run: _percent(run.last("padding_fraction"))),
+    ("records not used", lambda run: _number(_whole(run.last("data.bad_record")))),
 )
 
 
-def write_report(histories: Sequence[History], page: Path) -> None:
-    """Write the page and, beside it, the PNG. Raises SetupError without their libraries, or where they cannot be
-    written."""
+def write_report(histories: Sequence[History], page: Path, told: str | None = None) -> None:
+    """Write the page and, beside it, the PNG. told: the words that named the page. Raises SetupError without their
+    libraries, or where they cannot be written."""
     html = render(histories)
     try:
         page.write_text(html, encoding="utf-8")
         draw_png(histories, page.with_suffix(".png"))
     except OSError as error:
-        raise SetupError(f"{page} cannot be written: {error.strerror}; choose another file.") from error
+        raise SetupError(
+            f"{told or page} cannot be written: {error.strerror}; choose another file with to=FILE.html."
+        ) from error
 
 
 def render(histories: Sequence[History]) -> str:
@@ -61,12 +73,16 @@ def render(histories: Sequence[History]) -> str:
 
 def _shown(history: History) -> dict[str, Any]:
     samples = history.samples(_SAMPLES)
+    rejected, first_rejected = history.quarantine(_REJECTED)
     columns = [name for name in ("source", "reference", "hypothesis") if any(name in row for row in samples)]
     return {
         "name": history.name,
         "events": list(history.events),
         "columns": columns or sorted({name for row in samples for name in row}),
         "samples": samples,
+        "developing": history.developing(_DEVELOPING, _STEPS),
+        "rejected": rejected,
+        "first_rejected": first_rejected,
     }
 
 
@@ -79,6 +95,24 @@ def _finals(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
 def _engine(history: History) -> str:
     stage = history.plan.get("zero_stage", 0)
     return f"ZeRO-{stage}" if history.plan.get("engine") == "zero" else str(history.plan.get("engine", ""))
+
+
+def _gigabytes(history: History) -> list[float | None]:
+    """Measured and predicted peak of a rank."""
+    sizes = (history.last("memory_bytes"), history.plan.get("predicted_memory_bytes"))
+    return [None if size is None else size * 1e-9 for size in sizes]
+
+
+def _beside(measured: float | None, predicted: float | None) -> str:
+    return _number(measured) + (f" (predicted {_number(predicted)})" if predicted is not None else "")
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _number(value: object) -> str:
