@@ -41,6 +41,7 @@ def test_a_rank_that_is_killed_begins_again_and_a_stop_is_a_save(
 ) -> None:
     pytest.importorskip("ray")
     launching.env |= {"HOME": str(tmp_path)}  # Ray keeps a token there
+    launching.env |= {"RAY_memory_monitor_refresh_ms": "0"}  # it ends its workers where others fill the host's memory
     run = tmp_path / "runs" / "ray"
     words = [*COMMON, "name=ray", "checkpoint.every=4", "launcher=ray", "launcher.ranks=2"]
 
