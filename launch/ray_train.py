@@ -23,7 +23,7 @@ from trainer.errors import UserError
 
 ENDED = "ended"
 STORE_BYTES = 100 << 20
-"""Of a Ray of this machine alone: nothing but its own notes goes through it, and by default it takes 30 % of the memory."""
+"""Of a Ray of this machine alone: only Ray's own notes go through it. By default it may take 30 % of the memory."""
 POLL_SECONDS = 0.2
 
 
