@@ -31,6 +31,7 @@ ONLY_PARSED = {
     r"trainer\.generate run=\S+ text=(a\.wav|12 )": "needs a run on speech or on interactions",
     r"trainer\.reference_scores": "needs a chat run; tests/tasks/test_preference.py",
     r"adapters=true": "needs a run with adapters; tests/export/test_adapters.py",
+    r"model=hf ": "needs a folder of transformers; tests/models/test_hf.py",
     r"sweep=optuna": "tests/launch/sweeps/test_search.py",
 }
 """Why a command that has this pattern is not run here."""
