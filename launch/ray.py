@@ -15,6 +15,9 @@ from launch.process import end, is_alive, run_here
 from trainer.errors import SetupError
 
 JOB = "ray.json"
+CLEANER = "Failed to query Ray Train Controller actor state"
+"""Told every second where Ray's dashboard, an extra of its own, is not installed."""
+
 STOP = "stop"
 """A file of this name in the job's folder asks all ranks, wherever they run, to save and end."""
 
@@ -61,7 +64,7 @@ class Ray(Launcher):
             "save_seconds": self.save_seconds,
         }
         script = job.script(
-            {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+            {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": CLEANER},
             [python(), "-m", "launch.ray_train", str(job.folder)],
         )
         return {"run.sh": script, JOB: json.dumps(facts, indent=1) + "\n"}

@@ -22,6 +22,8 @@ from launch.ray import STOP, read_job
 from trainer.errors import UserError
 
 ENDED = "ended"
+STORE_BYTES = 100 << 20
+"""Of a Ray of this machine alone: only Ray's own notes go through it. By default it may take 30 % of the memory."""
 POLL_SECONDS = 0.2
 
 
@@ -41,7 +43,11 @@ def main(folder: Path) -> int:
         (folder / STOP).touch()
 
     job = read_job(folder)
-    own: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, job["cpus"])}
+    own: dict[str, Any] = {
+        "include_dashboard": False,
+        "num_cpus": max(os.cpu_count() or 1, job["cpus"]),
+        "object_store_memory": STORE_BYTES,
+    }
     ray.init(address=job["address"], runtime_env=job["runtime_env"] or None, **({} if job["address"] else own))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, stop)

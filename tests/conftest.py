@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.warm import run_warm
@@ -38,6 +39,12 @@ for _name in FROM_OUTSIDE:
     os.environ.pop(_name, None)
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
+
+# What a test finds does not depend on how busy the machine is: no example has a time that it must keep.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,7 +46,7 @@ def trainer(
     """Call the command line in this process: exit code, stdout, stderr. Training itself is replaced by `runs`."""
 
     def call(*arguments: str) -> Outcome:
-        handlers = set(logging.root.handlers)
+        handlers, level = set(logging.root.handlers), logging.root.level
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(sys, "argv", ["trainer", *arguments])
@@ -55,7 +55,8 @@ def trainer(
         except SystemExit as ended:  # Hydra's own way out of --help and of wrong flags
             code = int(ended.code or 0)
         for handler in handlers.symmetric_difference(logging.root.handlers):
-            logging.root.removeHandler(handler)  # of --info
+            logging.root.removeHandler(handler)  # of --info, as is the level
+        logging.root.setLevel(level)
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 

@@ -63,12 +63,12 @@ def commands_of(page: Path) -> Iterator[Command]:
 
 
 def is_command(command: Command) -> bool:
-    if {"...", "experiment=..."} & set(command.text.split()) or "[" in re.sub(r"\S+=\S*\[.*", "", command.text):
-        return False  # a pattern: the rest of it is up to the reader
     try:
         words = command.words
     except (ValueError, IndexError):
         return False
+    if {"...", "experiment=..."} & set(words) or any("[" in word.partition("=")[0] for word in words):
+        return False  # a pattern: the rest of it is up to the reader
     return len(words) > 1 and words[0] in PROGRAMS and not any(word in command.text for word in OUTSIDE)
 
 

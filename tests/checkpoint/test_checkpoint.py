@@ -156,7 +156,7 @@ def test_a_checkpoint_of_another_model_lists_every_difference(tmp_path):
     assert torch.equal(engine.value, torch.zeros(2, 3))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(numel=st.integers(1, 40), cuts=st.lists(st.integers(0, 40), max_size=6), data=st.data())
 def test_any_range_can_be_read_from_any_split(tmp_path, numel, cuts, data):
     """Shards written by any number of ranks give the same elements to a reader with any other split."""

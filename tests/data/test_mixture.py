@@ -46,7 +46,7 @@ def test_observed_weights_are_within_a_hundredth_over_100_000_samples(unit: str,
         assert observed[name] == pytest.approx(weight, abs=0.01)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(weights=st.lists(st.floats(0.05, 1.0), min_size=2, max_size=4), seed=st.integers(0, 9))
 def test_weights_hold_over_every_stretch_of_a_few_steps(weights: list[float], seed: int) -> None:
     sources = {str(number): MemorySource([50] * 24) for number in range(len(weights))}

@@ -80,7 +80,7 @@ def check_kills(stream: dict[str, Any], runs: list[tuple[int, int]]) -> None:
     assert last == Counter(whole[0][-1].counts)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
 @given(stream=streams, runs=st.lists(st.tuples(st.integers(1, 6), st.sampled_from(RANKS)), min_size=2, max_size=5))
 def test_killed_and_resumed_on_other_ranks_the_trace_is_that_of_an_uninterrupted_run(
     stream: dict[str, Any], runs: list[tuple[int, int]]
@@ -117,7 +117,7 @@ def test_fifty_kills_change_nothing(batching: str, second: list[int] | None) -> 
     check_kills(stream, [(draw.randrange(1, 6), draw.choice(RANKS)) for _ in range(51)])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
 @given(stream=streams, world_size=st.sampled_from(RANKS), epochs=st.integers(1, 3))
 def test_every_record_is_seen_exactly_once_an_epoch(stream: dict[str, Any], world_size: int, epochs: int) -> None:
     data, sources = open_stream({**stream, "second": None})

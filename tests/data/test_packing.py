@@ -22,7 +22,7 @@ lengths_of_samples = st.integers(1, 2).flatmap(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(drawn=lengths_of_samples, row=st.integers(40, 100))
 def test_every_sample_is_in_one_row_that_holds_it(drawn: tuple[int, list[list[int]]], row: int) -> None:
     sides, lengths = drawn

@@ -182,7 +182,7 @@ def test_exact_duplicates_compare_all_columns_together():
     assert {shard: offsets.tolist() for shard, offsets in finding.items()} == {"s": [2]}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=12), max_size=6))
 def test_exact_duplicates_keep_exactly_the_first_of_each(shards: list[list[str]]):
     seen: set[str] = set()
@@ -406,7 +406,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES | PLAIN, max_size=12).map("".join), st.sampled_from(["<{kind}>", "", "{kind}", ":", ".", "-"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_scrubbing_twice_is_scrubbing_once(text: str, replacement: str):
     stage = PersonalData(["text"], regions=["DE"], replacement=replacement)
     once = scrubbed(text, stage)
@@ -414,7 +414,6 @@ def test_scrubbing_twice_is_scrubbing_once(text: str, replacement: str):
 
 
 @given(PLAIN)
-@settings(deadline=None)
 def test_text_without_digits_and_at_signs_stays(text: str):
     record = {"text": text}
     assert SCRUB_REGIONS.apply(ids(1), [record])[0] is record
@@ -444,7 +443,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("kind", PLANTED)
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_is_planted_is_found(kind: str, data: st.DataObject):
     before, planted, after = data.draw(PLAIN), data.draw(PLANTED[kind]), data.draw(PLAIN)
     assert scrubbed(f"{before} {planted} {after}") == f"{before} <{kind}> {after}"

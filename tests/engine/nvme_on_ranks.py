@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
+from tests.engine.nvme_sources import use_sources
 from trainer import distributed
 from trainer.checkpoint.load import load, newest
 from trainer.checkpoint.save import Checkpointer
@@ -73,6 +74,7 @@ def bytes_in(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+use_sources(Path(sys.argv[2]))
 with distributed.process_group(True):
     root = Path(sys.argv[1])
     words = ["engine=zero3_nvme", "engine.offload_parameters=nvme", "engine.recompute=full"]

@@ -40,7 +40,7 @@ def make(kind, layers=(1, 2), seed=0, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(
     scale=st.booleans(),
     layers=st.tuples(st.integers(1, 2), st.integers(1, 2)),

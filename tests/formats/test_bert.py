@@ -35,7 +35,7 @@ def inputs_of(length, seed=0):
     return ours, {**ours, "attention_mask": mask.long()}
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     heads=st.sampled_from([1, 3, 4]),
     layers=st.integers(1, 3),
@@ -48,7 +48,7 @@ def test_logits_of_masked_tokens(heads, layers, types, eps, length):
     both_ways(scattered(transformers.BertForMaskedLM(config)), *inputs_of(length))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(classes=st.integers(2, 9), layers=st.integers(1, 3), length=st.integers(1, 40))
 def test_logits_of_classes(classes, layers, length):
     config = config_of(num_labels=classes, num_hidden_layers=layers)

@@ -24,7 +24,7 @@ def gpt2(**options):
     return scattered(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**shape, **options})))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     heads=st.sampled_from([1, 2, 4]),
     inner=st.sampled_from([None, 40]),

@@ -49,7 +49,7 @@ def rope(kind: str, base: float = 10_000.0) -> dict[str, object]:
     return {"rope_type": kind.partition(",")[0], "rope_theta": base, **SCALINGS[kind]}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     kv=st.sampled_from([1, 2, 4]),
     head_dim=st.sampled_from([None, 6, 8]),

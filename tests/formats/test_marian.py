@@ -13,7 +13,7 @@ from tests.formats.test_bart import make  # noqa: E402
 from trainer.models.encoder_decoder import EncoderDecoder  # noqa: E402
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     scale=st.booleans(),
     layers=st.tuples(st.integers(1, 2), st.integers(1, 2)),

@@ -30,7 +30,7 @@ def qwen(number, **options):
     return scattered(getattr(transformers, f"Qwen{number}ForCausalLM")(config))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     number=st.sampled_from([2, 3]),
     kv=st.sampled_from([1, 2, 4]),

@@ -28,7 +28,7 @@ def make(kind="t5", tie=False, layers=(1, 2), d_kv=8, projection="gated-gelu", s
     return scattered(theirs)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     projection=st.sampled_from(["relu", "gated-gelu", "gated-silu", "gelu"]),
     tie=st.booleans(),

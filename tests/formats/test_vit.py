@@ -27,7 +27,7 @@ def images(channels: int, height: int, width: int) -> torch.Tensor:
     return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     patch=st.integers(1, 5),
     tiles=st.tuples(st.integers(1, 4), st.integers(1, 4)),

@@ -60,7 +60,7 @@ def features_of(mels: int, positions: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 2 * positions, mels, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     layers=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     mels=st.sampled_from([3, 8, 80]),

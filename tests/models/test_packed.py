@@ -104,7 +104,7 @@ def some_lengths(draw):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(lengths=some_lengths(), seed=st.integers(0, 2**32 - 1))
 def test_logits_are_those_of_each_sample_alone_however_rows_are_filled(variant, lengths, seed):
     model, task = build(variant)
