@@ -1,0 +1,97 @@
+"""The race: the trainer and others train the same model on the same data, in turns on the same machine.
+
+    python scripts/bench/race.py [--laps pairs256,packed256] [--entrants shardwright,hf,hf_grouped] [--ranks 1,2]
+        [--rounds 5] [--seconds 5] [--threads 1] [--python lightning=PATH ...] [--work runs/race]
+
+Laps and their shapes: scripts/bench/race/laps.py. Writes figures.json, table.md and race.png into the work folder.
+docs/race.md tells the method and every entrant's settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent / "race")]
+
+from race import figures  # noqa: E402
+from race.laps import LAPS, prepare  # noqa: E402
+from race.running import Failed, Runner, make_spec  # noqa: E402
+
+WARM_UP = 8
+"""Steps before the first turn; the checkpoint is saved after the fourth."""
+
+
+def heat(lap: dict[str, Any], entrants: list[str], ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Figures by entrant of one lap on so many ranks; an entrant that fails is left out, and told."""
+    threads = options.threads if ranks == 1 else 1
+    cpus = list(range(max(ranks, threads)))
+    runners: dict[str, Runner] = {}
+    try:
+        for name in entrants:
+            out = options.work / "runs" / f"{lap['lap']}_{ranks}x{threads}" / name
+            shutil.rmtree(out, ignore_errors=True)
+            engine = "zero2" if ranks > 1 else "plain"
+            spec = make_spec(lap, name, out, ranks=ranks, threads=threads, engine=engine, save_at=4)
+            runner = runners[name] = Runner(spec, options.python.get(name, sys.executable), cpus)
+            attempt(runners, name, lambda runner=runner: (runner.start(), runner.until(WARM_UP), runner.pause()))
+        for round_ in range(options.rounds):
+            for name in list(runners) if round_ % 2 == 0 else list(reversed(runners)):
+                attempt(runners, name, lambda name=name: runners[name].turn(options.seconds, options.steps))
+        memory = {name: runner.peak_memory() for name, runner in runners.items()}
+    finally:
+        for runner in runners.values():
+            runner.end()
+    return {name: figures.of_turns(runner, memory[name]) for name, runner in runners.items()}
+
+
+def attempt(runners: dict[str, Runner], name: str, action: Any) -> None:
+    """Do it; where it fails, tell and leave the entrant out."""
+    try:
+        action()
+    except Failed as failure:
+        print(f"left out: {failure}", file=sys.stderr, flush=True)
+        runners.pop(name).end()
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    split = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--laps", type=split, default=["pairs256", "packed256"], help=f"of {', '.join(LAPS)}")
+    parser.add_argument("--entrants", type=split, default=["shardwright", "hf", "hf_grouped", "bare"])
+    parser.add_argument("--ranks", type=split, default=["1", "2"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a turn, at least")
+    parser.add_argument("--steps", type=int, default=4, help="of a turn, at least")
+    parser.add_argument("--threads", type=int, default=1, help="of a single process; of two ranks, each has one")
+    parser.add_argument("--python", action="append", default=[], metavar="ENTRANT=PATH")
+    parser.add_argument("--work", type=Path, default=Path("runs/race"))
+    options = parser.parse_args(words)
+    options.python = dict(pair.split("=", 1) for pair in options.python)
+    options.work = options.work.resolve()
+    return options
+
+
+def main() -> None:
+    """Run the heats and write what came of them."""
+    options = parse()
+    results = {}
+    for name in options.laps:
+        lap = prepare(name, options.work)
+        for ranks in map(int, options.ranks):
+            entrants = [one for one in options.entrants if figures.takes_part(one, lap["kind"])]
+            title = f"{name}, {ranks} rank{'s, ZeRO-2' if ranks > 1 else f', {options.threads} threads'}"
+            results[title] = heat(lap, entrants, ranks, options)
+            print(figures.table({title: results[title]}), flush=True)
+            (options.work / "figures.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    (options.work / "table.md").write_text(figures.table(results), encoding="utf-8")
+    figures.draw(results, options.work / "race.png")
+
+
+if __name__ == "__main__":
+    main()

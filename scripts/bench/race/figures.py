@@ -1,0 +1,128 @@
+"""From events to figures, a table and a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from race.running import Runner
+
+OURS = "shardwright"
+PAIRS_ONLY = ("hf_grouped", "joeynmt", "eole")
+"""Entrants that packed rows say nothing about."""
+
+Heats = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""By title of the heat and entrant."""
+
+
+def takes_part(entrant: str, kind: str) -> bool:
+    """Whether the entrant has anything to show in laps of this kind."""
+    return kind == "pairs" or entrant not in PAIRS_ONLY
+
+
+def of_turns(runner: Runner, memory: int) -> dict[str, Any]:
+    """The figures of an entrant's run in turns; `memory`: peak bytes of its largest process."""
+    ranks = runner.everything()
+    tokens: dict[int, int] = defaultdict(int)
+    for events in ranks:
+        for event in events:
+            if event["event"] == "step":
+                tokens[event["step"]] += event["target_tokens"]
+    time_of = {event["step"]: event["time"] for event in ranks[0] if event["event"] == "step"}
+    rates, seconds = [], []
+    for first, last, spent in runner.turns:
+        rates.append(sum(tokens[step] for step in range(first + 1, last + 1)) / spent)
+        seconds += [time_of[step] - time_of[step - 1] for step in range(first + 1, last + 1)]
+    turned = {step for first, last, _ in runner.turns for step in range(first + 1, last + 1)}
+    padding = [e["padding"] for e in ranks[0] if e["event"] == "step" and e.get("padding") is not None]
+    ready = next((event for event in ranks[0] if event["event"] == "ready"), {})
+    return {
+        "rates": rates,
+        "tokens_per_second": statistics.median(rates),
+        "step_seconds": statistics.median(seconds),
+        "jitter": sorted(seconds)[int(0.95 * len(seconds))] / statistics.median(seconds),
+        "tokens_per_step": statistics.mean(tokens[step] for step in turned),
+        "steps": len(seconds),
+        "padding": statistics.mean(padding) if padding else None,
+        "memory_bytes": memory,
+        "start_seconds": min(time_of.values()) - runner.launched,
+        "parameters": ready.get("parameters"),
+        **_saving(ranks, time_of),
+    }
+
+
+def _saving(ranks: list[list[dict[str, Any]]], time_of: Mapping[int, float]) -> dict[str, Any]:
+    """Of the checkpoint: its bytes, seconds until it was on the disk, and by how much the step after it took longer than the one after
+    that."""
+    saved = [event for event in ranks[0] if event["event"] == "saved"]
+    if not saved:
+        return {}
+    step = saved[0]["step"]
+    stalled = (time_of[step + 1] - time_of[step]) - (time_of[step + 2] - time_of[step + 1])
+    return {
+        "checkpoint_bytes": saved[0]["bytes"],
+        "checkpoint_seconds": saved[0]["time"] - time_of[step],
+        "checkpoint_stall_seconds": stalled,
+    }
+
+
+def ratios(heat: Mapping[str, Mapping[str, Any]], other: str) -> list[float]:
+    """Our tokens per second over `other`'s, round by round."""
+    return [ours / theirs for ours, theirs in zip(heat[OURS]["rates"], heat[other]["rates"], strict=True)]
+
+
+def table(heats: Heats) -> str:
+    """Markdown: a table a heat."""
+    lines = []
+    for title, heat in heats.items():
+        lines += [f"**{title}**", ""]
+        lines += [
+            "| | target tokens/s | ours / theirs | step s | p95 / median | padding | peak MiB a rank | start s | checkpoint MiB | on disk s | stall s |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+        for name, one in heat.items():
+            both = sorted(ratios(heat, name)) if OURS in heat and name != OURS else []
+            ratio = f"{statistics.median(both):.2f} ({both[0]:.2f} to {both[-1]:.2f})" if both else ""
+            padding = "" if one["padding"] is None else f"{100 * one['padding']:.1f} %"
+            saved = ["", "", ""]
+            if "checkpoint_bytes" in one:
+                parts = one["checkpoint_bytes"] / 2**20, one["checkpoint_seconds"], one["checkpoint_stall_seconds"]
+                saved = [f"{parts[0]:.0f}", f"{parts[1]:.2f}", f"{parts[2]:.2f}"]
+            cells = [
+                name,
+                f"{one['tokens_per_second']:,.0f}",
+                ratio,
+                f"{one['step_seconds']:.3f}",
+                f"{one['jitter']:.2f}",
+                padding,
+            ]
+            cells += [f"{one['memory_bytes'] / 2**20:.0f}", f"{one['start_seconds']:.1f}", *saved]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(heats: Heats, path: Path) -> None:
+    """Useful target tokens per second of all, by heat; a whisker spans the rounds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(heats), figsize=(3.2 * len(heats) + 1, 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, (title, heat) in zip(axes[0], heats.items(), strict=True):
+        middles = [one["tokens_per_second"] for one in heat.values()]
+        spans = [[m - min(o["rates"]) for m, o in zip(middles, heat.values(), strict=True)]]
+        spans += [[max(o["rates"]) - m for m, o in zip(middles, heat.values(), strict=True)]]
+        colours = ["#c2410c" if name == OURS else "#94a3b8" for name in heat]
+        axis.barh(list(heat), middles, xerr=spans, color=colours, ecolor="#334155", capsize=2)
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=8)
+    figure.supxlabel("useful target tokens per second (median, and range of the rounds)", fontsize=9)
+    figure.savefig(path, dpi=120)
