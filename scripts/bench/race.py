@@ -22,31 +22,40 @@ from race import figures  # noqa: E402
 from race.laps import LAPS, prepare  # noqa: E402
 from race.running import Failed, Runner, make_spec  # noqa: E402
 
-WARM_UP = 8
-"""Steps before the first turn; the checkpoint is saved after the fourth."""
+WARM_UP, SAVE_AT, SAVED_BY = 8, 6, 12
+"""Steps before the first turn; of the run that saves a checkpoint: the step it does so at, and its last."""
 
 
 def heat(lap: dict[str, Any], entrants: list[str], ranks: int, options: argparse.Namespace) -> dict[str, Any]:
     """Figures by entrant of one lap on so many ranks; an entrant that fails is left out, and told."""
     threads = options.threads if ranks == 1 else 1
-    cpus = list(range(max(ranks, threads)))
-    runners: dict[str, Runner] = {}
+    folder = options.work / "runs" / f"{lap['lap']}_{ranks}x{threads}"
+    shutil.rmtree(folder, ignore_errors=True)
+    told = {"ranks": ranks, "threads": threads, "engine": "zero2" if ranks > 1 else "plain"}
+
+    def runner_of(name: str, purpose: str, save_at: int | None = None) -> Runner:
+        spec = make_spec(lap, name, folder / f"{name}_{purpose}", **told, save_at=save_at)
+        return Runner(spec, options.python.get(name, sys.executable), list(range(max(ranks, threads))))
+
+    saving = {name: runner_of(name, "saving", SAVE_AT) for name in entrants}
+    for name in entrants:  # which also fills the caches of those that have one
+        attempt(saving, name, lambda name=name: (saving[name].start(), saving[name].until(SAVED_BY), saving[name].end()))
+    running = {name: runner_of(name, "running") for name in saving}
     try:
-        for name in entrants:
-            out = options.work / "runs" / f"{lap['lap']}_{ranks}x{threads}" / name
-            shutil.rmtree(out, ignore_errors=True)
-            engine = "zero2" if ranks > 1 else "plain"
-            spec = make_spec(lap, name, out, ranks=ranks, threads=threads, engine=engine, save_at=4)
-            runner = runners[name] = Runner(spec, options.python.get(name, sys.executable), cpus)
-            attempt(runners, name, lambda runner=runner: (runner.start(), runner.until(WARM_UP), runner.pause()))
+        for name in list(running):
+            one = running[name]
+            attempt(running, name, lambda one=one: (one.start(), one.until(WARM_UP), one.pause()))
         for round_ in range(options.rounds):
-            for name in list(runners) if round_ % 2 == 0 else list(reversed(runners)):
-                attempt(runners, name, lambda name=name: runners[name].turn(options.seconds, options.steps))
-        memory = {name: runner.peak_memory() for name, runner in runners.items()}
+            for name in list(running) if round_ % 2 == 0 else list(reversed(running)):
+                attempt(running, name, lambda name=name: running[name].turn(options.seconds, options.steps))
+        memory = {name: runner.peak_memory() for name, runner in running.items()}
     finally:
-        for runner in runners.values():
+        for runner in running.values():
             runner.end()
-    return {name: figures.of_turns(runner, memory[name]) for name, runner in runners.items()}
+    return {
+        name: {**figures.of_turns(runner, memory[name]), **figures.of_saving(saving[name])}
+        for name, runner in running.items()
+    }
 
 
 def attempt(runners: dict[str, Runner], name: str, action: Any) -> None:

@@ -50,23 +50,23 @@ def of_turns(runner: Runner, memory: int) -> dict[str, Any]:
         "memory_bytes": memory,
         "start_seconds": min(time_of.values()) - runner.launched,
         "parameters": ready.get("parameters"),
-        **_saving(ranks, time_of),
     }
 
 
-def _saving(ranks: list[list[dict[str, Any]]], time_of: Mapping[int, float]) -> dict[str, Any]:
-    """Of the checkpoint: its bytes, seconds until it was on the disk, and by how much the step after it took longer than the one after
-    that."""
-    saved = [event for event in ranks[0] if event["event"] == "saved"]
-    if not saved:
+def of_saving(runner: Runner) -> dict[str, Any]:
+    """Of a run that saves once: bytes of the checkpoint, seconds from the end of its step until it was on the disk, and seconds
+    that training stood still: ours goes on while a thread writes, so how much longer the next step took than the median one."""
+    events = runner.everything()[0]
+    saved = next((event for event in events if event["event"] == "saved"), None)
+    if saved is None:
         return {}
-    step = saved[0]["step"]
-    stalled = (time_of[step + 1] - time_of[step]) - (time_of[step + 2] - time_of[step + 1])
-    return {
-        "checkpoint_bytes": saved[0]["bytes"],
-        "checkpoint_seconds": saved[0]["time"] - time_of[step],
-        "checkpoint_stall_seconds": stalled,
-    }
+    times = {event["step"]: event["time"] for event in events if event["event"] == "step"}
+    spent = {step: times[step] - times[step - 1] for step in times if step - 1 in times}
+    seconds = stall = saved["time"] - times[saved["step"]]
+    if runner.spec["entrant"] == OURS:
+        after = spent.pop(saved["step"] + 1)
+        stall = max(after - statistics.median(spent.values()), 0.0)
+    return {"checkpoint_bytes": saved["bytes"], "checkpoint_seconds": seconds, "checkpoint_stall_seconds": stall}
 
 
 def ratios(heat: Mapping[str, Mapping[str, Any]], other: str) -> list[float]:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from race import shardwright
 
 HERE = Path(__file__).resolve().parent
-PROGRAMS = {"hf_grouped": "hf"}
+PROGRAMS = {"hf_grouped": "hf", "accelerate": "accelerated"}
 """Entrants whose program has another name."""
 
 
