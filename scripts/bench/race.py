@@ -3,8 +3,8 @@
     python scripts/bench/race.py [--laps pairs256,packed256] [--entrants shardwright,hf,hf_grouped] [--ranks 1,2]
         [--rounds 5] [--seconds 5] [--threads 1] [--python lightning=PATH ...] [--work runs/race]
 
-Laps and their shapes: scripts/bench/race/laps.py. Writes figures.json, table.md and race.png into the work folder, where
-the heats of several calls come together; the lap "peak" writes peak.md. docs/race.md tells the method and every
+Laps and their shapes: scripts/bench/race/laps.py. Writes figures.json, table.md and race.png into the work folder,
+where the heats of several calls come together; the lap "peak" writes peak.md. docs/race.md tells the method and every
 entrant's settings.
 """
 
@@ -137,7 +137,8 @@ def race(options: argparse.Namespace) -> None:
         lap = prepare(name, options.work)
         for ranks in map(int, options.ranks):
             entrants = [one for one in options.entrants if figures.takes_part(one, lap["kind"], ranks)]
-            title = f"{name}, {'2 ranks, ZeRO-2' if ranks > 1 else f'1 process of {options.threads} threads'}"
+            alone = f"1 process, {options.threads} thread{'s' * (options.threads > 1)}"
+            title = f"{name}, {f'{ranks} ranks, ZeRO-2' if ranks > 1 else alone}"
             results[title] = heat(lap, entrants, ranks, options)
             print(figures.table({title: results[title]}), flush=True)
             path.write_text(json.dumps(results, indent=1), encoding="utf-8")
