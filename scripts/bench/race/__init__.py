@@ -1,0 +1,1 @@
+"""The race of scripts/bench/race.py: its laps, its entrants, its figures."""
