@@ -34,6 +34,7 @@ class RankFailed(RuntimeError):
 def main(folder: Path) -> int:
     """Run the job in `folder` to its end; returns its exit code. A signal asks all ranks to save and end."""
     import ray
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -69,7 +70,7 @@ def main(folder: Path) -> int:
     )
     try:
         code: int = trainer.fit().return_value
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayActorError) as error:  # the latter: a part of Ray itself was killed
         print(f"launch.ray_train: {error}", file=sys.stderr, flush=True)
         return 1
     finally:

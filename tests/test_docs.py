@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def test_a_command_of_the_documentation_is_accepted(command: Command) -> None:
         return
     module, arguments = split(rest)
     if module == "trainer":
-        accept(arguments, command.refused)
+        accept(tuple(arguments), command.refused)
     elif module is not None:  # else only options of torchrun or deepspeed are spoken of
         accept_of(module, arguments)
 
@@ -115,7 +116,7 @@ def accept_of(module: str, arguments: list[str]) -> None:
     if place:
         make_launcher(place)
     if rest:
-        accept(rest, refused=False)
+        accept(tuple(rest), refused=False)
 
 
 def is_package(module: str) -> bool:
@@ -132,8 +133,9 @@ def split(words: list[str]) -> tuple[str | None, list[str]]:
     return None, []
 
 
-def accept(words: list[str], refused: bool) -> None:
-    """Compose and check as a run would; a sweep by the first value of each key."""
+@cache
+def accept(words: tuple[str, ...], refused: bool) -> None:
+    """Compose and check as a run would, once for all pages; a sweep by the first value of each key."""
     if "--help" in words:
         return
     flags = ("-m", "--cfg", "job", "--resolve")
