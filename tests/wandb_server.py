@@ -42,9 +42,11 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows, in order."""
+        """The rows, in order. A row that comes again under the same number (`wandb sync` of what was partly uploaded)
+        counts once."""
         lines = self.lines.get("wandb-history.jsonl", {})
-        return [json.loads(lines[place]) for place in sorted(lines)]
+        rows = (json.loads(lines[place]) for place in sorted(lines))
+        return list({row["_step"]: row for row in rows}.values())
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -72,11 +74,16 @@ class Artifact:
     files: dict[str, bytes] = field(default_factory=dict)
     aliases: list[str] = field(default_factory=list)
     committed: bool = False
+    deleted: bool = False
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Serves until it is shut down. fault: what befalls each request: None, a status code, "hang" or "reset";
-    rewinds: whether it knows how to take a run back."""
+    """Serves until it is shut down.
+
+    fault: what befalls each request: None, a status code, "hang" (until it goes on), "reset"; refusal: an HTTP status
+    and the words with which no run is taken; rewinds: whether runs can be taken back; tags: that somebody has given to
+    every new run.
+    """
 
     daemon_threads = True
 
@@ -88,7 +95,9 @@ class WandbServer(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.fault: int | str | None = None
         self.faults_met = 0
+        self.refusal: tuple[int, str] | None = None
         self.rewinds = True
+        self.tags: list[str] = []
         self.lock = threading.RLock()
         self.over = threading.Event()
 
@@ -113,6 +122,12 @@ class WandbServer(ThreadingHTTPServer):
             assert time.monotonic() < deadline, "what was waited for did not come"
             time.sleep(0.02)
 
+    def artifact(self, name: str) -> Artifact | None:
+        """By NAME:ALIAS."""
+        name, _, alias = name.rpartition(":")
+        found = [one for one in self.artifacts.values() if one.name == name and not one.deleted]
+        return next((one for one in reversed(found) if alias in (f"v{one.version}", one.id, *one.aliases)), None)
+
     def answer(self, asked: str, variables: dict[str, Any]) -> dict[str, Any]:
         """The data of a GraphQL request."""
         found = re.match(r"\s*(?:#graphql)?\s*(?:query|mutation)\s+(\w+)", asked)
@@ -124,7 +139,7 @@ class WandbServer(ThreadingHTTPServer):
                 raise Refusal(f"the stand-in does not know {asked}")
             return known(variables)
 
-    def _bucket(self, run: Run, inserted: bool = False) -> dict[str, Any]:
+    def _bucket(self, run: Run) -> dict[str, Any]:
         return {
             "id": f"id-{run.name}",
             "name": run.name,
@@ -154,7 +169,9 @@ class WandbServer(ThreadingHTTPServer):
     def _on_UpsertBucket(self, given: dict[str, Any]) -> dict[str, Any]:
         name = given.get("name") or str(given.get("id")).removeprefix("id-")
         inserted = name not in self.runs
-        run = self.runs.setdefault(name, Run(name, given.get("project") or ""))
+        if self.refusal is not None:
+            raise Refusal(self.refusal[1], self.refusal[0])
+        run = self.runs.setdefault(name, Run(name, given.get("project") or "", tags=list(self.tags)))
         run.fields |= {key: value for key, value in given.items() if value is not None}
         if given.get("tags") is not None:
             run.tags = list(given["tags"])
@@ -192,14 +209,35 @@ class WandbServer(ThreadingHTTPServer):
         found = self.artifact(given["name"])
         return {"project": {"artifact": found and {"artifactType": {"name": found.type}}}}
 
-    def artifact(self, name: str) -> Artifact | None:
-        """By NAME:ALIAS."""
-        name, _, alias = name.rpartition(":")
-        found = [one for one in self.artifacts.values() if one.name == name]
-        for one in reversed(found):
-            if alias in (f"v{one.version}", one.id, *one.aliases):
-                return one
-        return None
+    def _on_ArtifactMembershipByName(self, given: dict[str, Any]) -> dict[str, Any]:
+        found = self.artifact(given["name"])
+        if found is None:
+            return {"project": {"artifactCollectionMembership": None}}
+        project = {"id": "p", "internalId": "1", "name": given["project"], "entity": {"name": ENTITY}}
+        sequence = {"__typename": "ArtifactSequence", "name": found.name, "project": project}
+        aliases = [{"__typename": "ArtifactAlias", "id": alias, "alias": alias} for alias in found.aliases]
+        version = {"versionIndex": found.version, "createdAt": "2020-01-01T00:00:00Z"}
+        artifact = {
+            **{"__typename": "Artifact", "id": found.id, "artifactSequence": sequence, **version},
+            **{"artifactType": {"name": found.type}, "description": None, "metadata": found.fields.get("metadata")},
+            **{"ttlDurationSeconds": -2, "ttlIsInherited": False, "tags": [], "historyStep": None, "size": 0},
+            **{"state": "COMMITTED", "digest": found.fields["digest"], "commitHash": None, "fileCount": 1},
+            **{"updatedAt": None, "aliases": [{**alias, "artifactCollection": sequence} for alias in aliases]},
+        }
+        member = {"__typename": "ArtifactCollectionMembership", "id": f"m-{found.id}", **version, "aliases": aliases}
+        member |= {"artifactCollection": sequence, "artifact": artifact}
+        return {"project": {"artifactCollectionMembership": member}}
+
+    def _on_UseArtifact(self, given: dict[str, Any]) -> dict[str, Any]:
+        given = given.get("input", given)
+        found = self.artifacts[given["artifactID"]]
+        self.runs[given["runName"]].used.append(f"{found.name}:v{found.version}")
+        return {"useArtifact": {"artifact": {"id": found.id}}}
+
+    def _on_DeleteArtifact(self, given: dict[str, Any]) -> dict[str, Any]:
+        found = self.artifacts[given["input"]["artifactID"]]
+        found.deleted, found.aliases = True, []
+        return {"result": {"artifact": {"id": found.id}}}
 
     def _on_OrganizationCoreWeaveOrganizationID(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"entity": {"organization": None}}
@@ -251,9 +289,20 @@ class WandbServer(ThreadingHTTPServer):
         found.committed = True
         return {"commitArtifact": {"artifact": {"id": found.id, "digest": found.fields["digest"]}}}
 
+    def _on_UpsertView2(self, given: dict[str, Any]) -> dict[str, Any]:
+        self.views.append(given)
+        return {"upsertView": {"view": {"id": "Vmlldzox", "name": given.get("name", "x")}, "inserted": True}}
+
+    def _on_ServerInfo(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None}}
+
 
 class Refusal(Exception):
     """What GraphQL answers with as an error."""
+
+    def __init__(self, words: str, status: int = 200) -> None:
+        super().__init__(words)
+        self.status = status
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -283,7 +332,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 self._reply(200, {"data": self.server.answer(asked["query"], asked.get("variables") or {})})
             except Refusal as refusal:
-                self._reply(200, {"data": None, "errors": [{"message": str(refusal)}]})
+                self._reply(refusal.status, {"data": None, "errors": [{"message": str(refusal)}]})
         elif path.endswith("/file_stream"):
             self._stream(path.split("/")[-2], json.loads(body))
         else:  # telemetry
@@ -309,7 +358,8 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         self.server.faults_met += 1
         if fault == "hang":
-            self.server.over.wait(60)
+            while self.server.fault == "hang" and not self.server.over.wait(0.05):
+                pass
             self.close_connection = True
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -50,12 +50,7 @@ class Checkpoints:
             return
         try:
             version = client.artifact(self._name, "model", self._metadata(step, folder))
-            place = self._place(folder)
-            if self._how == "upload":
-                version.add_dir(str(folder), policy="immutable")
-            else:
-                version.add_file(str(folder / _MANIFEST), policy="immutable")
-                client.refer(version, place)
+            fill(version, folder, self._place(folder), self._how == "upload", "checkpoint")
             best = folder.parent / "best"
             is_best = best.is_file() and best.read_text(encoding="utf-8").strip() == folder.name
             run.log_artifact(version, aliases=["latest", f"step-{step}", *(["best"] if is_best else [])])
@@ -86,6 +81,20 @@ class Checkpoints:
                     continue
                 self._there.remove(step)
         self._record.write_text(json.dumps(self._there), encoding="utf-8")
+
+
+def fill(made: wandb.Artifact, folder: Path, place: str, upload: bool, name: str) -> None:
+    """Put the files of `folder` into an artifact; or no more than their names at `place` and, for a checkpoint, its
+    manifest. name: of the place within the artifact. Stores whose package W&B lacks stand in the metadata alone."""
+    if upload:
+        made.add_dir(str(folder), policy="immutable")  # else W&B copies every file first
+        return
+    if (folder / _MANIFEST).is_file():
+        made.add_file(str(folder / _MANIFEST), policy="immutable")
+    try:
+        made.add_reference(place, name=name, checksum=False)
+    except Exception as error:
+        _log.info("W&B: no reference to %s: %s", place, error)
 
 
 def checkpoint_name(run_name: str, run_id: str) -> str:

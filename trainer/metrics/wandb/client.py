@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import netrc
 import os
 import re
@@ -19,8 +18,6 @@ from trainer.errors import SetupError, redacted
 
 if TYPE_CHECKING:
     import wandb
-
-_log = logging.getLogger(__name__)
 
 RUN_ID_FILE = Path("wandb", "run_id")
 DEFAULT_URL = "https://api.wandb.ai"
@@ -98,13 +95,23 @@ def _is_about_rewinding(error: Exception) -> bool:
 
 def in_words(error: Exception, entity: str | None) -> str:
     """What W&B's error says, in one line, and what to do about it."""
-    told = redacted(" ".join(str(error).split())) or type(error).__name__
+    told = in_one_line(error)
     if re.search(r"\b401\b|api.?key|authenticat|unauthori[sz]ed|log ?in", told, re.IGNORECASE):
         return f"{_url()} refuses the key ({told}); run `wandb login --relogin`, or see to WANDB_API_KEY"
     if re.search(r"\b40[34]\b|permission|not found|entity", told, re.IGNORECASE):
         whose = "the entity of the key" if entity is None else f"logging.wandb.entity={entity}"
         return f"{_url()} has no place for this run ({told}); see to {whose}, and whether you may write there"
     return f"{_url()} does not take the run ({told}); see to the network and WANDB_BASE_URL"
+
+
+def in_one_line(error: Exception) -> str:
+    """W&B's error, without the secrets of URLs."""
+    return redacted(" ".join(str(error).split())) or type(error).__name__
+
+
+def give_up() -> None:
+    """End W&B's process with whatever it has open."""
+    _library().teardown()
 
 
 def choose_mode(mode: str) -> str:
@@ -141,11 +148,16 @@ def run_id(directory: Path) -> str:
     if (known := known_run_id(directory)) is not None:
         return known
     told = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-    made = told or uuid.uuid4().hex[:12]
+    made = told or new_id()
     path = directory / RUN_ID_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(made + "\n")
     return made
+
+
+def new_id() -> str:
+    """For a W&B run."""
+    return uuid.uuid4().hex[:12]
 
 
 def known_run_id(directory: Path) -> str | None:
@@ -170,15 +182,6 @@ def artifact(name: str, kind: str, metadata: Mapping[str, Any]) -> wandb.Artifac
     """An empty one."""
     made: wandb.Artifact = _library().Artifact(name, type=kind, metadata=dict(metadata))
     return made
-
-
-def refer(made: wandb.Artifact, url: str) -> None:
-    """Let the artifact name a place, whose content stays there. Stores whose package W&B lacks are named in its
-    metadata alone."""
-    try:
-        made.add_reference(url, name="checkpoint", checksum=False)
-    except Exception as error:
-        _log.info("W&B: no reference to %s: %s", url, error)
 
 
 class Server:

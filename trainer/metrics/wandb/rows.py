@@ -36,13 +36,13 @@ class Rows:
         rewound = self.last is not None and starting_row == self.last + 1
         self._next = starting_row if rewound else max(self._next, starting_row)
 
-    def take(self, step: int) -> int:
-        """The number of one more row, of `step`."""
-        if step < self._step:  # the run was rolled back
+    def take(self, step: int, late: bool = False) -> int:
+        """The number of one more row, of `step`; late: rows of later steps may have gone before."""
+        if step < self._step and not late:  # the run was rolled back
             truncate_after(self._path, step - 1)
-        self._step = step
+        self._step = self._step if late else step
         number, self._next = self._next, self._next + 1
-        self._lines.write({"step": step, "row": number})
+        self._lines.write({"step": self._step, "row": number})
         return number
 
     def close(self) -> None:

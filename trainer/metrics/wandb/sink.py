@@ -111,18 +111,19 @@ class WandbSink:
         self._rows.go_on(self._run.starting_step if self._online else None)
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
-        self._background = Background("wandb")
+        self._rows_lane, self._files_lane = Background("wandb-rows"), Background("wandb-files")
         self._alerts = Alerts(self._kinds, self._alert_seconds, self._alert)
         self._name = run.name
         self._checkpoints = Checkpoints(self._artifacts, how, run.config, self._server if self._online else None)
-        self._over = threading.Event()
+        self._over, self._order = threading.Event(), threading.Lock()
         stall = Stall(run.directory / "heartbeats", int(run.plan.get("world_size", 1)), self._stall_seconds)
         threading.Thread(target=self._watch, args=(stall,), name="wandb-watch", daemon=True).start()
 
     def log(self, info: StepInfo) -> None:
         """See the contract."""
         if self._run is not None:
-            self._log(info.step, {name: value for name, value in asdict(info).items() if value is not None})
+            row = {name: value for name, value in asdict(info).items() if value is not None}
+            self._log(info.step, lambda: row)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """See the contract. A few of the generations written for this step go along as a table."""
@@ -132,12 +133,13 @@ class WandbSink:
         row: dict[str, Any] = {"step": step} | {
             name.replace("eval/", f"{split}/", 1): value for name, value in metrics.items() if name != "split"
         }
-        self._log(step, row, partial(_tables, self._directory / "generations", f"step_{step:08d}"))
+        self._log(step, lambda: row)
+        self._files_lane.do(lambda: self._log_table(step, str(split)))
 
     def event(self, step: int, message: str) -> None:
         """See the contract: kept as the run's summary field `last_event`."""
         if (run := self._run) is not None:
-            self._background.do(lambda: run.summary.update({"last_event": f"step {step}: {message}"}))
+            self._rows_lane.do(lambda: run.summary.update({"last_event": f"step {step}: {message}"}))
 
     def alarm(self, step: int, message: str) -> None:
         """See the contract: an event, and an alert."""
@@ -148,7 +150,7 @@ class WandbSink:
     def saved(self, step: int, checkpoint: Path) -> None:
         """See the contract: a version of the run's artifact."""
         if (run := self._run) is not None:
-            self._background.do(lambda: self._checkpoints.log(run, step, checkpoint))
+            self._files_lane.do(lambda: self._checkpoints.log(run, step, checkpoint))
 
     def close(self, status: str) -> None:
         """See the contract. Raises TimeoutError, with the way to finish it, where the last upload takes too long."""
@@ -157,18 +159,18 @@ class WandbSink:
         self._over.set()
         kind = "failure" if status == "failed" else "finish"
         self._alerts.tell(kind, f"{self._name}: {status}; {read_reason(self._directory)}")
+        in_time = self._files_lane.close(self._finish_seconds)
         run, self._run = self._run, None
 
         def finish() -> None:
             run.summary["status"] = status
             run.finish(exit_code=int(status == "failed"))
 
-        in_time = False
         try:
-            self._background.do(finish)
-            in_time = self._background.close(2 * self._finish_seconds)  # W&B keeps to its own limit, unless it hangs
+            self._rows_lane.do(finish)
+            in_time &= self._rows_lane.close(2 * self._finish_seconds)  # W&B keeps to its own limit, unless it hangs
         except TimeoutError:
-            pass
+            in_time = False
         finally:
             self._rows.close()
         if not in_time:
@@ -195,15 +197,35 @@ class WandbSink:
                 )
         return client.start(replace(how, row=None), "offline"), False
 
-    def _log(self, step: int, row: Mapping[str, Any], more: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """more: what is to be made in the thread."""
-        number, run = self._rows.take(step), self._run
+    def _log(self, step: int, row: Callable[[], Mapping[str, Any]], late: bool = False) -> None:
+        run = self._run
         assert run is not None, "the caller has looked"
-        self._background.do(lambda: run.log({**row, **more()}, step=number, commit=True))
+        with self._order:  # W&B drops a row whose number is not the highest so far
+            number = self._rows.take(step, late)
+            self._rows_lane.do(lambda: run.log(dict(row()), step=number, commit=True))
+
+    def _log_table(self, step: int, split: str) -> None:
+        """In the thread of files: the texts of an evaluation as a row of their own. W&B asks the server before it takes
+        a table, which would hold up the rows behind it while there is no answer."""
+        suffix = "" if split in ("eval", "validation") else f".{split}"
+        path = self._directory / "generations" / f"step_{step:08d}{suffix}.jsonl"
+        if not path.is_file():
+            return
+        while self._online and not self._answers() and not self._over.wait(_LOOK_SECONDS):
+            pass
+        self._log(step, lambda: {"step": step, f"generations{suffix}": client.generations_table(path)}, late=True)
+
+    def _answers(self) -> bool:
+        try:
+            self._server().tags()
+        except Exception as error:
+            _log.info("W&B: no answer: %s", error)
+            return False
+        return True
 
     def _alert(self, title: str, text: str, level: str) -> None:
         if (run := self._run) is not None:
-            self._background.do(lambda: run.alert(title, text, level=level, wait_duration=self._alert_seconds))
+            self._rows_lane.do(lambda: run.alert(title, text, level=level, wait_duration=self._alert_seconds))
 
     def _server(self) -> client.Server:
         assert self._run is not None, "asked while the run is open"
@@ -230,12 +252,6 @@ class WandbSink:
             if self._over.wait(wait):
                 return
             since_poll += wait
-
-
-def _tables(folder: Path, stem: str) -> dict[str, wandb.Table]:
-    """The texts that the evaluations of a step have written, by name."""
-    found = sorted(folder.glob(f"{stem}*.jsonl"))
-    return {f"generations{path.stem.removeprefix(stem)}": client.generations_table(path) for path in found}
 
 
 def _sync(directory: Path) -> str:
