@@ -174,6 +174,7 @@ class WandbSink:
         finally:
             self._rows.close()
         if not in_time:
+            client.give_up()
             raise TimeoutError(
                 f"the upload did not end within {self._finish_seconds:g} s; finish it with `{_sync(self._directory)}`"
             )
