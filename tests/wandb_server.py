@@ -122,6 +122,11 @@ class WandbServer(ThreadingHTTPServer):
             assert time.monotonic() < deadline, "what was waited for did not come"
             time.sleep(0.02)
 
+    def mend(self, when: Callable[[], bool]) -> None:
+        """End the fault once it is so."""
+        self.wait_for(when)
+        self.fault = None
+
     def artifact(self, name: str) -> Artifact | None:
         """By NAME:ALIAS."""
         name, _, alias = name.rpartition(":")

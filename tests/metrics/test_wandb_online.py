@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 
+import wandb
 from tests.wandb_server import WandbServer, serving
 from trainer.metrics import RunInfo, StepInfo
 from trainer.metrics.sinks import SafeSinks
@@ -104,7 +106,11 @@ def test_a_run_is_complete_over_outages_and_goes_on_where_its_checkpoint_was(
     server.run.tags.append("stop")
     server.wait_for(lambda: bool(wishes))
     (tmp_path / "status.json").write_text(json.dumps({"step": 16, "reason": "steps: 16 of 16"}))
-    sinks.close("finished")
+    met, server.fault = server.faults_met, 503
+    mending = threading.Thread(target=lambda: server.mend(lambda: server.faults_met > met + 3))
+    mending.start()
+    sinks.close("finished")  # which uploads all rows
+    mending.join()
 
     run = server.run
     assert reports == [] and len(wishes) == 1 and "tag stop" in wishes[0]
@@ -194,7 +200,7 @@ def test_a_run_that_is_refused_is_recorded_off_line_and_the_cure_is_told(
     assert reports == [] and server.runs == {}
     (warning,) = caplog.messages
     assert "recorded off line" in warning and f"wandb sync --include-online {tmp_path}" in warning
-    assert __import__("re").search(cure, warning), warning
+    assert re.search(cure, warning), warning
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
@@ -232,3 +238,29 @@ def test_runs_off_line_come_later_and_whole_however_often_they_were_resumed(
     assert server.run.complete and server.run.summary["status"] == "finished"
     assert server.artifact(f"trial-{server.run.name}:step-4") is not None
     assert sum("generations" in row for row in server.run.history) == 1
+
+
+@pytest.mark.dist
+def test_a_tag_stops_all_ranks_at_one_step_and_what_uses_the_run_has_its_checkpoint_as_input(
+    server: WandbServer, run_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online", **SHORT}
+    words = ["experiment=digits_mlp", "steps=100000", "log.every=50", "eval.final_split=none", "name=run"]
+    words += ["logging=[wandb]", "logging.wandb.poll_seconds=0.2", "engine=zero1", "precision=fp32"]
+    server.tags = ["stop"]
+    done = run_trainer(words, ranks=2, env=env, timeout=120).check()
+    directory = done.runs_dir / "run"
+    status = json.loads((directory / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 0), "no launcher begins it again"
+    assert "the tag stop of the W&B run" in status["reason"] and 0 < status["step"] < 100_000
+    assert (directory / "checkpoints" / f"step_{status['step']:08d}" / "manifest.json").is_file()
+    (trained,) = server.runs.values()
+    assert trained.complete and [alert["title"] for alert in trained.alerts] == ["Run ended"]
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    place = f"runs_dir={done.runs_dir}"
+    run_trainer(["run=run", place, "split=validation"], module="trainer.evaluate", env=env).check()
+    (evaluated,) = (run for run in server.runs.values() if run is not trained)
+    assert evaluated.fields["jobType"] == "evaluate" and evaluated.used == trained.logged[-1:]
+    assert evaluated.history[0]["step"] == status["step"] and "eval/loss" in evaluated.history[0]
+    assert evaluated.complete

@@ -102,7 +102,7 @@ def _is_about_rewinding(error: Exception) -> bool:
 def in_words(error: Exception, entity: str | None) -> str:
     """What W&B's error says, in one line, and what to do about it."""
     told = in_one_line(error)
-    if re.search(r"\b401\b|api.?key|authenticat|unauthori[sz]ed|log ?in", told, re.IGNORECASE):
+    if re.search(r"\b401\b|api.?key|authenticat|unauthori[sz]ed|log(ged)? ?in", told, re.IGNORECASE):
         return f"{_url()} refuses the key ({told}); run `wandb login --relogin`, or see to WANDB_API_KEY"
     if re.search(r"\b40[34]\b|permission|not found|entity", told, re.IGNORECASE):
         whose = "the entity of the key" if entity is None else f"logging.wandb.entity={entity}"

@@ -22,19 +22,20 @@ class Rows:
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        self._path = path
-        before = _last_row(path) if path.exists() else None
+        """Writes nothing yet."""
+        self._path, self._step = path, first_step
+        before = _last_row(path)
         self._next = 0 if before is None else before + 1
-        self._lines = JsonLines(path, first_step)
+        if path.exists():
+            truncate_after(path, first_step)
         self.last = _last_row(path)
-        self._step = first_step
 
     def go_on(self, starting_row: int | None) -> None:
         """Begin with the row that the server expects; None: it is not asked, so behind all that were given."""
-        if starting_row is None:
-            return
-        rewound = self.last is not None and starting_row == self.last + 1
-        self._next = starting_row if rewound else max(self._next, starting_row)
+        self._lines = JsonLines(self._path, self._step)
+        if starting_row is not None:
+            rewound = self.last is not None and starting_row == self.last + 1
+            self._next = starting_row if rewound else max(self._next, starting_row)
 
     def take(self, step: int, late: bool = False) -> int:
         """The number of one more row, of `step`; late: rows of later steps may have gone before."""
@@ -51,7 +52,9 @@ class Rows:
 
 
 def _last_row(path: Path) -> int | None:
-    """The number in the last whole line."""
+    """The number in the last whole line; None where there is none."""
+    if not path.exists():
+        return None
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL_BYTES))
