@@ -198,7 +198,7 @@ def test_a_run_that_is_refused_is_recorded_off_line_and_the_cure_is_told(
     sinks.log(make_step(1))
     sinks.close("finished")
     assert reports == [] and server.runs == {}
-    (warning,) = caplog.messages
+    (warning,) = (record.message for record in caplog.records if record.name.startswith("trainer."))
     assert "recorded off line" in warning and f"wandb sync --include-online {tmp_path}" in warning
     assert re.search(cure, warning), warning
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
