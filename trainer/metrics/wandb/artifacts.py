@@ -15,7 +15,7 @@ from trainer.errors import redacted
 from trainer.metrics.wandb import client
 
 if TYPE_CHECKING:
-    import wandb
+    from trainer.metrics.wandb.client import Artifact, Run
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Checkpoints:
         with suppress(OSError, ValueError):
             self._there = [int(step) for step in json.loads(self._record.read_text(encoding="utf-8"))]
 
-    def log(self, run: wandb.Run, step: int, folder: Path) -> None:
+    def log(self, run: Run, step: int, folder: Path) -> None:
         """A version for the checkpoint in `folder`. What goes wrong is told, and the run goes on."""
         if self._how == "none" or step in self._there:
             return
@@ -83,7 +83,7 @@ class Checkpoints:
         self._record.write_text(json.dumps(self._there), encoding="utf-8")
 
 
-def fill(made: wandb.Artifact, folder: Path, place: str, upload: bool, name: str) -> None:
+def fill(made: Artifact, folder: Path, place: str, upload: bool, name: str) -> None:
     """Put the files of `folder` into an artifact; or no more than their names at `place` and, for a checkpoint, its
     manifest. name: of the place within the artifact. Stores whose package W&B lacks stand in the metadata alone."""
     if upload:

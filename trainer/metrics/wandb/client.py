@@ -19,7 +19,9 @@ from urllib.parse import urlsplit
 from trainer.errors import SetupError, redacted
 
 if TYPE_CHECKING:
-    import wandb
+    from wandb import Artifact as Artifact
+    from wandb import Run as Run
+    from wandb import Table
 
 RUN_ID_FILE = Path("wandb", "run_id")
 DEFAULT_URL = "https://api.wandb.ai"
@@ -48,7 +50,7 @@ class Start:
     finish_seconds: float = 60.0
 
 
-def start(how: Start, mode: str, stop: Callable[[], None] | None = None) -> wandb.Run:
+def start(how: Start, mode: str, stop: Callable[[], None] | None = None) -> Run:
     """Open the W&B run; mode: "online" or "offline"; stop: called where somebody presses W&B's stop button.
 
     A run that is there already goes on: where `how.row` is given and the server can do it, after that row, else behind
@@ -86,7 +88,7 @@ def start(how: Start, mode: str, stop: Callable[[], None] | None = None) -> wand
         ways.insert(0, {"resume_from": f"{how.run_id}?_step={how.row}"})
     for number, way in enumerate(ways, 1):
         try:
-            run: wandb.Run = library.init(**given, **way, settings=settings.model_copy())  # which it changes
+            run: Run = library.init(**given, **way, settings=settings.model_copy())  # which it changes
             return run
         except Exception as error:  # of many classes, some of them of libraries beneath
             library.teardown()  # else W&B's process takes the run for open
@@ -180,19 +182,19 @@ def known_run_id(directory: Path) -> str | None:
     return None
 
 
-def generations_table(path: Path) -> wandb.Table:
+def generations_table(path: Path) -> Table:
     """The first texts that an evaluation has written."""
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in islice(file, _TABLE_ROWS)]
     columns = ("source", "reference", "hypothesis")
     values = [[row[column] for column in columns] for row in rows]
-    table: wandb.Table = _library().Table(columns=list(columns), data=values)
+    table: Table = _library().Table(columns=list(columns), data=values)
     return table
 
 
-def artifact(name: str, kind: str, metadata: Mapping[str, Any]) -> wandb.Artifact:
+def artifact(name: str, kind: str, metadata: Mapping[str, Any]) -> Artifact:
     """An empty one."""
-    made: wandb.Artifact = _library().Artifact(name, type=kind, metadata=dict(metadata))
+    made: Artifact = _library().Artifact(name, type=kind, metadata=dict(metadata))
     return made
 
 

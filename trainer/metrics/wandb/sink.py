@@ -21,7 +21,7 @@ from trainer.metrics.wandb.rows import Rows
 from trainer.wording import did_you_mean
 
 if TYPE_CHECKING:
-    import wandb
+    from trainer.metrics.wandb.client import Run
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class WandbSink:
         self._rewind, self._group, self._job_type, self._tags = rewind, group, job_type, tuple(tags)
         self._artifacts, self._kinds, self._alert_seconds = artifacts, tuple(alerts), alert_seconds
         self._stall_seconds, self._stop_tag, self._poll_seconds = stall_seconds, stop_tag, poll_seconds
-        self._run: wandb.Run | None = None
+        self._run: Run | None = None
 
     def open(self, run: RunInfo) -> None:
         """See the contract. Raises SetupError if `wandb` is not installed."""
@@ -179,7 +179,7 @@ class WandbSink:
                 f"the upload did not end within {self._finish_seconds:g} s; finish it with `{_sync(self._directory)}`"
             )
 
-    def _start(self, how: client.Start, mode: str) -> tuple[wandb.Run, bool]:
+    def _start(self, how: client.Start, mode: str) -> tuple[Run, bool]:
         """The W&B run, and whether it is online. What keeps it from that is told once."""
         if mode == "online":
             waiting = sorted(how.directory.glob("wandb/offline-run-*/*.wandb"))
