@@ -81,8 +81,7 @@ class WandbServer(ThreadingHTTPServer):
     """Serves until it is shut down.
 
     fault: what befalls each request: None, a status code, "hang" (until it goes on), "reset"; refusal: an HTTP status
-    and the words with which no run is taken; rewinds: whether runs can be taken back; tags: that somebody has given to
-    every new run.
+    and the words with which no run is taken; rewinds: whether runs can be taken back.
     """
 
     daemon_threads = True
@@ -97,7 +96,6 @@ class WandbServer(ThreadingHTTPServer):
         self.faults_met = 0
         self.refusal: tuple[int, str] | None = None
         self.rewinds = True
-        self.tags: list[str] = []
         self.lock = threading.RLock()
         self.over = threading.Event()
 
@@ -176,7 +174,7 @@ class WandbServer(ThreadingHTTPServer):
         inserted = name not in self.runs
         if self.refusal is not None:
             raise Refusal(self.refusal[1], self.refusal[0])
-        run = self.runs.setdefault(name, Run(name, given.get("project") or "", tags=list(self.tags)))
+        run = self.runs.setdefault(name, Run(name, given.get("project") or ""))
         run.fields |= {key: value for key, value in given.items() if value is not None}
         if given.get("tags") is not None:
             run.tags = list(given["tags"])

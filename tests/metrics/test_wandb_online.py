@@ -241,15 +241,24 @@ def test_runs_off_line_come_later_and_whole_however_often_they_were_resumed(
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(400)
 def test_a_tag_stops_all_ranks_at_one_step_and_what_uses_the_run_has_its_checkpoint_as_input(
-    server: WandbServer, run_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    server: WandbServer, run_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
     env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online", **SHORT}
     words = ["experiment=digits_mlp", "steps=100000", "log.every=50", "eval.final_split=none", "name=run"]
     words += ["logging=[wandb]", "logging.wandb.poll_seconds=0.2", "engine=zero1", "precision=fp32"]
-    server.tags = ["stop"]
-    done = run_trainer(words, ranks=2, env=env, timeout=120).check()
-    directory = done.runs_dir / "run"
+    directory = tmp_path / "runs" / "run"
+
+    def tag() -> None:
+        server.wait_for(lambda: (directory / "metrics.jsonl").is_file() and bool(server.runs), 200)
+        server.wait_for(lambda: bool((directory / "metrics.jsonl").read_text()), 100)
+        server.run.tags.append("stop")
+
+    somebody = threading.Thread(target=tag)
+    somebody.start()
+    done = run_trainer(words, ranks=2, env=env, timeout=240).check()
+    somebody.join()
     status = json.loads((directory / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 0), "no launcher begins it again"
     assert "the tag stop of the W&B run" in status["reason"] and 0 < status["step"] < 100_000
@@ -257,7 +266,6 @@ def test_a_tag_stops_all_ranks_at_one_step_and_what_uses_the_run_has_its_checkpo
     (trained,) = server.runs.values()
     assert trained.complete and [alert["title"] for alert in trained.alerts] == ["Run ended"]
 
-    monkeypatch.setenv("WANDB_MODE", "online")
     place = f"runs_dir={done.runs_dir}"
     run_trainer(["run=run", place, "split=validation"], module="trainer.evaluate", env=env).check()
     (evaluated,) = (run for run in server.runs.values() if run is not trained)
