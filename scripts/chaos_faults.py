@@ -181,7 +181,7 @@ def lose_data(target: Target) -> None:
 def break_wandb(target: Target) -> None:
     """The job logs to a W&B server that breaks every connection (`breaking_server`): it must train all the same."""
     target.goes_on(3)
-    if target.job.step and "WandbSink failed" not in target.job.told:
+    if target.job.step and "recorded off line" not in target.job.told:
         raise Failure("W&B broke, and nobody was told")
 
 

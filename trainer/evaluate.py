@@ -335,7 +335,11 @@ def _evaluate_run(options: EvaluateOptions) -> None:
             restored.step,
         )
         if distributed.rank() == 0:
-            print(_report(options, restored.step, result))
+            print(_report(options, restored.step, result), flush=True)
+            from trainer.metrics.wandb.lineage import tell
+
+            run = restored.config, restored.directory.path, restored.steps
+            tell("evaluate", *run, vars(options), result.metrics, result.generations)
 
 
 def _report(options: EvaluateOptions, step: int, result: Result) -> str:

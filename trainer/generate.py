@@ -150,6 +150,10 @@ def _generate(options: GenerateOptions) -> None:
             sys.stdout.write(lines)
         else:
             write_atomically(Path(options.output), lines)
+            from trainer.metrics.wandb.lineage import tell
+
+            used = {"output": options.output, "texts": len(texts), "beam_size": options.beam_size}
+            tell("generate", restored.config, restored.directory.path, restored.steps, used)
 
 
 def _converse(write: Callable[[Sequence[str]], list[str]]) -> None:

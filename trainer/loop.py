@@ -72,7 +72,7 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class _StepTotals:
     """What all ranks agree on before a step. `micro_batches`: how many every rank runs; `seconds`, `signalled`,
-    `broken`: of any rank; `written`: a checkpoint waits for nothing but its commit."""
+    `wished`, `broken`: of any rank; `written`: a checkpoint waits for nothing but its commit."""
 
     target_tokens: int
     samples: int
@@ -82,6 +82,7 @@ class _StepTotals:
     micro_batches: int
     seconds: float
     signalled: bool
+    wished: bool
     broken: bool
     written: bool
 
@@ -109,7 +110,7 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
             training.sinks.event(state.step, f"resumed: the data were there again after {wait_seconds:.1f} s")
         told = batch if training.layout.speaks else NO_BATCH  # ranks that share samples count them once
         totals = _agree(batch, told, state, training)
-        if (outcome := _interrupted(config, totals, batch)) is not None:
+        if (outcome := _interrupted(config, totals, batch, training.stop_request)) is not None:
             break
         lr = config.optimizer["lr"] * training.schedule.factor(_progress(training.schedule, state))
         logs = due(state.step + 1, config.log.every) or state.step == 0
@@ -130,7 +131,7 @@ def fit(training: Training, state: TrainState, lanes: Mapping[int, Any]) -> tupl
         state = state.advance(totals.target_tokens, totals.samples, totals.epoch, seconds)
         state = anomalies.remember(config.guard, state, made)
         if (alarm := anomalies.scale_alarm(state)) is not None:
-            training.sinks.event(state.step, alarm)
+            training.sinks.alarm(state.step, alarm)
         _measure(training, told, totals, wait_seconds)
         if training.trace is not None:
             training.trace.write({"step": state.step, "rank": distributed.rank(), "ids": batch.ids})
@@ -166,13 +167,15 @@ def _reached_end(config: Config, state: TrainState) -> Outcome | None:
     return None
 
 
-def _interrupted(config: Config, totals: _StepTotals, batch: StepBatch) -> Outcome | None:
-    """The ends that ranks must agree on: data that broke, the clock, a signal, the end of the data."""
+def _interrupted(config: Config, totals: _StepTotals, batch: StepBatch, request: StopRequest) -> Outcome | None:
+    """The ends that ranks must agree on: data that broke, the clock, a signal or a wish, the end of the data."""
     if totals.broken:
         reasons = distributed.all_gather_objects(None if batch.failure is None else str(batch.failure))
         broken = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None)
         error = DataError(f"the data cannot be read further; {broken}")
         return Outcome("failed", str(error), error.exit_code, error)
+    if totals.wished:  # exit code 0: no launcher shall start it again
+        return Outcome("preempted", f"a stop was asked for by {request.wish or 'another rank'}", 0)
     if totals.signalled:
         return Outcome("preempted", "a signal asked for a stop", PREEMPTED)
     if config.stop.minutes is not None and totals.seconds >= 60 * config.stop.minutes:
@@ -205,10 +208,11 @@ def _agree(batch: StepBatch, told: StepBatch, state: TrainState, training: Train
         len(batch.micro_batches),
         state.seconds,
         float(training.stop_request.name is not None),
+        float(training.stop_request.wish is not None),
         float(batch.failure is not None),
         float(not training.checkpointer.written),
     )
-    micro_batches, seconds, signalled, broken, unwritten = distributed.all_reduce_max(wish)
+    micro_batches, seconds, signalled, wished, broken, unwritten = distributed.all_reduce_max(wish)
     return _StepTotals(
         target_tokens=int(target_tokens),
         samples=int(samples),
@@ -218,6 +222,7 @@ def _agree(batch: StepBatch, told: StepBatch, state: TrainState, training: Train
         micro_batches=int(micro_batches),
         seconds=seconds,
         signalled=signalled > 0,
+        wished=wished > 0,
         broken=broken > 0,
         written=unwritten == 0,
     )

@@ -13,6 +13,7 @@ import torch
 
 from trainer import distributed, garbage, privacy, sections
 from trainer.build import build, check_parts
+from trainer.checkpoint import step_name
 from trainer.checkpoint.copies import begin, make_copier
 from trainer.checkpoint.load import load, set_aside
 from trainer.checkpoint.save import Checkpointer
@@ -147,7 +148,8 @@ def assemble(
         print(summarise(config, plan, count_parameters(twin), schedule, directory, state, told), flush=True)
         sinks = SafeSinks([JsonLinesSink(), *(build(part, f"logging.{name}") for name, part in config.logging.items())])
         facts = config_to_dict(config), planned
-        sinks.open(RunInfo(config.name, directory.path, *facts, config.steps, state.step))
+        sinks.open(RunInfo(config.name, directory.path, *facts, config.steps, state.step, stop_request.ask))
+        watchdog.last_words(lambda: sinks.close("failed"))
         directory.status("running", state.step, "training")
     trace = directory.open_trace(distributed.rank(), state.step) if data.trace and layout.speaks else None
     quarantine = directory.open_quarantine(state.step) if distributed.rank() == 0 else None
@@ -180,8 +182,9 @@ def _compare(training: Training, expected: Expectation | None, begin: TrainState
 def _tell_saved(directory: RunDirectory, sinks: SafeSinks, step: int, failure: str | None) -> None:
     if failure is None:
         directory.status("running", step, "saved a checkpoint")
+        sinks.saved(step, directory.checkpoints / step_name(step))
     else:
-        sinks.event(step, failure)
+        sinks.alarm(step, failure)
 
 
 def evaluate_finally(training: Training, state: TrainState, again: bool) -> None:

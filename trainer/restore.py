@@ -26,7 +26,8 @@ from trainer.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class RestoredRun:
-    """A run as it stood at `step`. model: on this process's device, in the run's precision, in evaluation mode."""
+    """A run as it stood at the first of `steps`, whose weights are averaged where there are several. model: on this
+    process's device, in the run's precision, in evaluation mode."""
 
     config: Config
     directory: RunDirectory
@@ -34,7 +35,12 @@ class RestoredRun:
     tokenizer: Tokenizer | None
     task: Task
     model: torch.nn.Module
-    step: int
+    steps: Sequence[int]
+
+    @property
+    def step(self) -> int:
+        """The newest."""
+        return self.steps[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,11 @@ class FoundRun:
     def checkpoint(self) -> Checkpoint:
         """The one, or the newest."""
         return self.checkpoints[0]
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the checkpoints."""
+        return [checkpoint.state.step for checkpoint in self.checkpoints]
 
     @property
     def said(self) -> str:
@@ -160,4 +171,4 @@ def restore_run(
     model = _load_sharded(run) if sharded else load_model(run).to(distributed.device(), DTYPES[config.precision]).eval()
     task = make_task(config, tokenizer)
     corpus = make_corpus(config, build({**config.data, "stages": []}, "data"), tokenizer, task)
-    return RestoredRun(config, run.directory, corpus, tokenizer, task, model, run.checkpoint.state.step)
+    return RestoredRun(config, run.directory, corpus, tokenizer, task, model, run.steps)

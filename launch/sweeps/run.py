@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from launch import prepare
 from launch.sweeps.results import Row, Table, read_row
@@ -28,10 +27,7 @@ from trainer.errors import ConfigError, UserError
 from trainer.guards.signals import PREEMPTED
 from trainer.run_directory import RunDirectory
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-One = Callable[["DictConfig", list[str]], int]
+One = Callable[[DictConfig, list[str]], int]
 """Launches one composition; returns an exit code."""
 
 FAILED_RUNS = 100
@@ -65,6 +61,7 @@ def run_sweep(one: One, arguments: Sequence[str], method: str, trials: int) -> i
     if not swept and method == "grid":  # one run under a name made of its values, as an agent asks for it
         return execute(one, arguments)
     folder = Path(_word(same, "runs_dir", "runs")) / "sweeps" / _folder_name(same, swept, method)
+    one = _grouped(one, folder.name)
     if method == "grid":
         members = compositions(arguments, [axis.key for axis in swept])
         rows = run_all(one, members)
@@ -169,6 +166,20 @@ def write(table: Table, folder: Path) -> None:
     (folder / "sweep.csv").write_text(table.csv(), encoding="utf-8")
     drawn = find_spec("matplotlib") is not None and table.draw(folder / "sweep.png")
     print(f"\n{table.markdown()}\n{folder}: sweep.md, sweep.csv{', sweep.png' if drawn else ''}", flush=True)
+
+
+def _grouped(one: One, group: str) -> One:
+    """`one`, with the runs as a group of that name in W&B, unless the user gave another."""
+
+    def launch(composed: DictConfig, words: list[str]) -> int:
+        sink = OmegaConf.select(composed, "logging.wandb") or {}
+        if "group" in sink and sink["group"] is None:
+            grouped = OmegaConf.merge(composed, {"logging": {"wandb": {"group": group}}})
+            assert isinstance(grouped, DictConfig)
+            composed = grouped
+        return one(composed, words)
+
+    return launch
 
 
 def _folder_name(same: Sequence[str], swept: Sequence[Axis], method: str) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +14,20 @@ import yaml
 from launch.dashboard import DashboardOptions, dashboard
 from tests.conftest import ROOT
 from tests.test_training import tiny
+from tests.wandb_server import serving
 from trainer.errors import SetupError
 from trainer.wording import flatten
 
 pytest.importorskip("wandb_workspaces")
 
 
-class Api(BaseHTTPRequestHandler):
-    """As much of W&B's GraphQL as saving a view asks for; `views` are what was saved."""
-
-    views: list[dict[str, Any]]
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        data: dict[str, Any] = {}
-        if "upsertView" in asked["query"]:
-            self.views.append(asked["variables"])
-            data["upsertView"] = {
-                "view": {"id": "Vmlldzox", "name": asked["variables"].get("name", "x")},
-                "inserted": True,
-            }
-        if "viewer" in asked["query"].lower():
-            person = {"id": "VXNlcjox", "username": "me", "name": "me", "entity": "us", "email": "me@localhost"}
-            data["viewer"] = {**person, "admin": False, "flags": "{}", "teams": {"edges": []}, "apiKeys": {"edges": []}}
-        if "serverInfo" in asked["query"]:
-            data["serverInfo"] = {"cliVersionInfo": {}, "latestLocalVersionInfo": None}
-        body = json.dumps({"data": data}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
-
-
 @pytest.fixture
 def saved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """The views that a server on this machine was given."""
-    views: list[dict[str, Any]] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Api,), {"views": views}))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    yield views
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        yield server.views
 
 
 def panels(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:

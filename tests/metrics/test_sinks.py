@@ -44,6 +44,25 @@ class Recorder:
         self._called(f"close {status}")
 
 
+class Attentive(Recorder):
+    """Also wants to hear of alarms and checkpoints."""
+
+    def alarm(self, step: int, message: str) -> None:
+        self._called(f"alarm {message}")
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        self._called(f"saved {checkpoint}")
+
+
+def test_alarms_and_checkpoints_come_to_those_who_want_them_and_alarms_to_others_as_events() -> None:
+    plain, attentive = Recorder(), Attentive()
+    sinks = SafeSinks([plain, attentive], pytest.fail)
+    sinks.alarm(3, "a spike")
+    sinks.saved(4, Path("step_00000004"))
+    assert plain.calls == ["event"]
+    assert attentive.calls == ["alarm a spike", "saved step_00000004"]
+
+
 def play(sinks: SafeSinks, run: RunInfo, make_step: MakeStep) -> None:
     sinks.open(run)
     sinks.log(make_step(1))

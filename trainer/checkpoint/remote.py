@@ -33,8 +33,8 @@ from trainer.errors import CheckpointError, ConfigError, SetupError, UserError
 _log = logging.getLogger(__name__)
 
 _RUN_FILES = (
-    *("config.yaml", "tokenizer.json", "metrics.jsonl", "quarantine.jsonl", "anomalies.jsonl", "wandb/run_id"),
-    "checkpoints/best",
+    *("config.yaml", "tokenizer.json", "metrics.jsonl", "quarantine.jsonl", "anomalies.jsonl"),
+    *("wandb/run_id", "wandb/rows.jsonl", "checkpoints/best"),
 )
 """What of a run directory goes along, where it is there; the rest is written anew when a run goes on."""
 

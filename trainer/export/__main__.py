@@ -54,7 +54,15 @@ def _export(options: ExportOptions) -> None:
     to = Path(options.to)
     if to.exists():
         raise ConfigError(f"to={to} exists already; name a new folder.")
-    print(_new_folder(to, lambda folder: _decrypt(options, folder) if options.decrypt else _write(options, folder)))
+    if options.decrypt:
+        print(_new_folder(to, lambda folder: _decrypt(options, folder)))
+        return
+    found = _find(options)
+    print(_new_folder(to, lambda folder: _write(options, found, folder)), flush=True)
+    from trainer.metrics.wandb.lineage import tell
+
+    used = {"to": options.to, "dtype": options.dtype, "weights": options.weights, "adapters": options.adapters}
+    tell("export", found.config, found.directory.path, found.steps, used, export=to)
 
 
 def _new_folder(to: Path, write: Callable[[Path], str]) -> str:
@@ -80,19 +88,24 @@ def _decrypt(options: ExportOptions, folder: Path) -> str:
     return f"decrypted from {sealed}"
 
 
-def _write(options: ExportOptions, folder: Path) -> str:
+def _find(options: ExportOptions) -> FoundRun:
     if options.dtype not in Precision.__members__:
         raise ConfigError(f"dtype={options.dtype} is not one of {', '.join(Precision)}.")
     if options.max_shard_gb <= 0:
         raise ConfigError(f"max_shard_gb={options.max_shard_gb:g} is not above 0; 5 is usual.")
     from trainer.export.adapters import has_adapters
-    from trainer.parts import DTYPES
     from trainer.restore import find_run
 
-    identity = identity_from(options.key_file) if options.encrypt else None
     found = find_run(str(options.run), options.runs_dir, options.checkpoint, options.allow_targets, options.weights)
     if options.adapters and not has_adapters(found.config):
         raise ConfigError(f"adapters=true: the run {options.run} has none (model.lora); export it without.")
+    return found
+
+
+def _write(options: ExportOptions, found: FoundRun, folder: Path) -> str:
+    from trainer.parts import DTYPES
+
+    identity = identity_from(options.key_file) if options.encrypt else None
     dtype = DTYPES[Precision(options.dtype)]
     files, told = (_write_adapters if options.adapters else _write_whole)(options, found, folder, dtype)
     if identity is not None:

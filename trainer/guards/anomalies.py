@@ -166,7 +166,7 @@ def react(
     if distributed.rank() == 0:
         _write_down(directory, step, made, action, list(itertools.chain.from_iterable(everywhere)))
         now = reaction.restored or state  # no event is ahead of the steps that follow it: a resume cuts there
-        sinks.event(now.step, f"step {step}: {made}: {action}")
+        sinks.alarm(now.step, f"step {step}: {made}: {action}")
     return reaction
 
 

@@ -19,9 +19,15 @@ script and torchrun, which it signals too, pass theirs on."""
 
 
 class StopRequest:
-    """`name`: the first signal that asked for a stop, or None."""
+    """`name`: the first signal that asked for a stop, or None; `wish`: what else did, for a job that shall not go on by
+    itself."""
 
     name: str | None = None
+    wish: str | None = None
+
+    def ask(self, wish: str) -> None:
+        """Somebody wants the run to end, for this reason; from any thread."""
+        self.wish = self.wish or wish
 
 
 @contextmanager

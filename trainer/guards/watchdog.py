@@ -52,6 +52,9 @@ _SILENCE_SECONDS = (4.0, 60.0)
 _REPORT_SECONDS = 20.0
 """For the last words; a file system that hangs must not keep a process that hangs."""
 
+_LAST_WORDS_SECONDS = 6.0
+"""For what others want to tell of the end; part of the above."""
+
 _WITNESS_SECONDS = 8.0
 """That a rank which is no witness gives those who are to speak."""
 
@@ -77,6 +80,7 @@ class _Watched:
     first_step: int | None = None
     directory: RunDirectory | None = None
     over: threading.Event = field(default_factory=threading.Event)
+    last_words: Callable[[], None] | None = None
 
     def hear(self, section: str, step: int | None) -> None:
         """A section begins."""
@@ -97,6 +101,11 @@ def progress() -> None:
 def attach(directory: RunDirectory) -> None:
     """From now on heartbeats go to this run, once its folder is there. Not before a run of others is ruled out."""
     _watched.directory = directory
+
+
+def last_words(say: Callable[[], None]) -> None:
+    """What to do before this process ends because of a hang, if it can be done soon."""
+    _watched.last_words = say
 
 
 def collective_seconds(guard: GuardConfig) -> float:
@@ -208,6 +217,8 @@ def _report(watched: _Watched, key: str, limit: float) -> None:
     print(f"{prefix}error: {text}", file=sys.stderr, flush=True)
     if told is None and watched.directory is not None and watched.directory.path.is_dir():
         watched.directory.conclude("failed", text, PeerError.exit_code)
+    if watched.last_words is not None:
+        _within(_LAST_WORDS_SECONDS, watched.last_words)
 
 
 def _report_orphan(watched: _Watched) -> None:

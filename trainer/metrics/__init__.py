@@ -1,17 +1,19 @@
 """Metrics: facts flow out, observers do not reach in.
 
 `meter.py` turns measurements into a frozen `StepInfo` (pure arithmetic, injected clock). The observers are `sinks.py`
-(`metrics.jsonl`, always on, the truth), `console.py` and `wandb.py` (Weights & Biases). A sink that fails is reported
+(`metrics.jsonl`, always on, the truth), `console.py` and `wandb/` (Weights & Biases). A sink that fails is reported
 once and switched off; it never stops the training.
 
 The contract of a sink: `open(run)` once on rank 0 after the process group exists; `log(info)` per logged step;
 `log_evaluation(step, metrics)`, where `split` names a split other than validation; `event(step, message)`;
-`close(status)`. No method may block for long or raise to the caller (`SafeSinks` guards them all).
+`close(status)`. No method may block for long or raise to the caller (`SafeSinks` guards them all). A sink may have two
+more: `alarm(step, message)`, instead of `event`, for what a person should hear of; `saved(step, checkpoint)`, once the
+checkpoint in that folder is whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +61,8 @@ class StepInfo:
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """What a sink may know of the run when it opens. `config`: resolved, plain Python containers."""
+    """What a sink may know of the run when it opens. `config`: resolved, plain Python containers; ask_to_stop: makes
+    the run save and end, for the reason given; from any thread."""
 
     name: str
     directory: Path
@@ -67,6 +70,7 @@ class RunInfo:
     plan: Mapping[str, Any]
     total_steps: int
     first_step: int
+    ask_to_stop: Callable[[str], None] = lambda reason: None
 
 
 class Sink(Protocol):

@@ -38,6 +38,14 @@ class SafeSinks:
         """See the contract."""
         self._each("event", lambda sink: sink.event(step, message))
 
+    def alarm(self, step: int, message: str) -> None:
+        """See the contract."""
+        self._each("alarm", lambda sink: getattr(sink, "alarm", sink.event)(step, message))
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """See the contract."""
+        self._each("saved", lambda sink: getattr(sink, "saved", lambda *_: None)(step, checkpoint))
+
     def close(self, status: str) -> None:
         """See the contract; nothing may be logged afterwards."""
         self._each("close", lambda sink: sink.close(status))

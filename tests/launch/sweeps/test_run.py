@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.__main__ import main
 from launch.sweeps.results import Row, Table
@@ -46,6 +47,8 @@ def test_every_combination_runs_in_a_directory_of_its_own_and_the_best_comes_fir
     (folder,) = trained.runs_dir.glob("sweeps/*")
     assert (folder / "sweep.md").read_text() in capsys.readouterr().out
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    written = [yaml.safe_load(path.read_text()) for path in trained.runs_dir.glob("digits_mlp-*/config.yaml")]
+    assert {config["logging"]["wandb"]["group"] for config in written} == {folder.name}, "one group in W&B"
 
 
 def test_a_failed_run_does_not_lose_the_others_and_the_exit_code_counts(
