@@ -122,3 +122,22 @@ def test_the_embedding_is_also_the_head():
     hidden = torch.rand(3, 4)
     torch.testing.assert_close(embedding(hidden, as_head=True), F.linear(hidden, embedding.weight) + 0.5)
     assert torch.equal(embedding(torch.tensor([2, 6])), embedding.weight[[2, 6]])
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_gradients_of_norms_in_bf16_lose_nothing_over_many_positions(kind):
+    """They are sums over all positions, which PyTorch's LayerNorm takes in bf16 on a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16_384, 32, generator=generator).bfloat16()
+    upstream = ((torch.randn(16_384, 32, generator=generator) + 0.05) / 16_384).bfloat16()
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        norm = make_norm(kind, 32).to(dtype)
+        inputs = x.to(dtype).requires_grad_()
+        return [
+            gradient.float()
+            for gradient in torch.autograd.grad(norm(inputs), [inputs, *norm.parameters()], upstream.to(dtype))
+        ]
+
+    for found, expected in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert (found - expected).norm() <= 0.01 * expected.norm()

@@ -14,6 +14,7 @@ from trainer.models.base import Model
 from trainer.models.encoder_layer import EncoderLayer
 from trainer.models.layers import (
     HeadLoss,
+    LayerNorm,
     PositionEmbedding,
     Projection,
     TokenEmbedding,
@@ -62,7 +63,7 @@ class Encoder(Model):
         self.embedding = TokenEmbedding(vocab_size, d_model, init_std, head_bias=masked_lm)
         self.positions = PositionEmbedding(max_positions, d_model, init_std)
         self.token_types = TokenEmbedding(token_types, d_model, init_std)
-        self.embedding_norm = nn.LayerNorm(d_model, eps=norm_eps)
+        self.embedding_norm = LayerNorm(d_model, eps=norm_eps)
         self.layers = nn.ModuleList(
             EncoderLayer(
                 d_model,
@@ -78,7 +79,7 @@ class Encoder(Model):
         )
         square = [(d_model, init_std)]
         self.transform = Projection(d_model, square, bias=True) if masked_lm else None
-        self.transform_norm = nn.LayerNorm(d_model, eps=norm_eps) if masked_lm else None
+        self.transform_norm = LayerNorm(d_model, eps=norm_eps) if masked_lm else None
         self.pooler = None if masked_lm else Projection(d_model, square, bias=True)
         self.classifier = Projection(d_model, [(num_classes, init_std)], bias=True) if num_classes else None
 

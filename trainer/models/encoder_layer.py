@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from trainer.models.attention import SelfAttention
-from trainer.models.layers import FeedForward, add_dropped
+from trainer.models.layers import FeedForward, LayerNorm, add_dropped
 from trainer.models.segments import Bias
 
 
@@ -31,7 +31,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.pre_norm = pre_norm
         self.dropout = dropout
-        self.attention_norm = nn.LayerNorm(d_model, eps=norm_eps)
+        self.attention_norm = LayerNorm(d_model, eps=norm_eps)
         self.attention = SelfAttention(
             d_model,
             num_heads,
@@ -41,7 +41,7 @@ class EncoderLayer(nn.Module):
             bias=True,
             dropout=attention_dropout,
         )
-        self.feed_forward_norm = nn.LayerNorm(d_model, eps=norm_eps)
+        self.feed_forward_norm = LayerNorm(d_model, eps=norm_eps)
         self.feed_forward = FeedForward(d_model, d_ff, "gelu", in_std=std, out_std=std, bias=True)
 
     def forward(self, x: Tensor, *, bias: Bias | None = None) -> Tensor:

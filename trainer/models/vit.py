@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer.errors import ConfigError
 from trainer.models.base import Model
 from trainer.models.encoder_layer import EncoderLayer
-from trainer.models.layers import PositionEmbedding, Projection, dropout, matrix_size
+from trainer.models.layers import LayerNorm, PositionEmbedding, Projection, dropout, matrix_size
 
 
 class PatchEmbedding(nn.Module):
@@ -79,7 +79,7 @@ class ViT(Model):
             )
             for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(d_model, eps=norm_eps)
+        self.norm = LayerNorm(d_model, eps=norm_eps)
         self.head = Projection(d_model, [(num_classes, init_std)], bias=True)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
