@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from trainer.models.attention import attend, causal_bias
-from trainer.models.layers import RMSNorm, TokenEmbedding, add_dropped, dropout
+from trainer.models.layers import RMSNorm, TokenEmbedding, add_dropped, dropout, make_norm
 from trainer.models.positions import rotary_tables, rotate, sinusoidal
 
 CPU = torch.device("cpu")
@@ -134,10 +134,8 @@ def test_gradients_of_norms_in_bf16_lose_nothing_over_many_positions(kind):
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
         norm = make_norm(kind, 32).to(dtype)
         inputs = x.to(dtype).requires_grad_()
-        return [
-            gradient.float()
-            for gradient in torch.autograd.grad(norm(inputs), [inputs, *norm.parameters()], upstream.to(dtype))
-        ]
+        made = torch.autograd.grad(norm(inputs), [inputs, *norm.parameters()], upstream.to(dtype))
+        return [gradient.float() for gradient in made]
 
     for found, expected in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
         assert (found - expected).norm() <= 0.01 * expected.norm()

@@ -134,18 +134,17 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        wide = [None if parameter is None else parameter.float() for parameter in (weight, bias)]
-        out, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], *wide, eps)
+        wide_bias = None if bias is None else bias.float()
+        out, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], weight.float(), wide_bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, inverse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, inverse = ctx.saved_tensors
-        wide = [None if parameter is None else parameter.float() for parameter in (weight, bias)]
-        made = torch.ops.aten.native_layer_norm_backward(
-            grads[0].float(), x.float(), x.shape[-1:], mean, inverse, *wide, [True, True, bias is not None]
-        )
+        wide_bias = None if bias is None else bias.float()
+        wide = grads[0].float(), x.float(), x.shape[-1:], mean, inverse, weight.float(), wide_bias
+        made = torch.ops.aten.native_layer_norm_backward(*wide, [True, True, bias is not None])
         return *(None if gradient is None else gradient.to(x.dtype) for gradient in made), None
 
 
