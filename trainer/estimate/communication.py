@@ -111,8 +111,8 @@ def _sharded(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> 
             layers,
             all_reduce=system.all_reduces_gradients,
         )
-        stays = stage == 3 and system.live_elements > 0 and size <= system.live_elements
-        gathers = 1 if stage < 3 else m if stays else 2 * m
+        stays = _kept_until_backward(local, layout)
+        gathers = 1 if stage < 3 else m * (1 + max(0.0, 1 - stays / size))
         add("parameters", gathers, system.working, layers)
     if replicas > 1 and stage:
         across = Group.of(replicas, layout.tensor * layout.zero_ranks, cluster, fitted)
@@ -122,6 +122,14 @@ def _sharded(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> 
         seconds, sent = across.all_reduce(shard, layers), 2 * shard * (replicas - 1) / replicas
         found.append(Exchange("all-reduce over replicas", across.link, seconds, sent, system.overlaps, formula, inputs))
     return found
+
+
+def _kept_until_backward(local: Local, layout: Layout) -> float:
+    """ZeRO-3: elements that are gathered once for forward and backward. DeepSpeed keeps a module whose next use comes
+    before others of `stage3_max_reuse_distance` (1e9) elements; those after it pass twice until then, so it keeps the
+    last half of them, and the module that they end in (a layer has four)."""
+    reuse = layout.system.live_elements
+    return reuse / 2 + local.layer / 8 if reuse else 0.0
 
 
 def _tensor(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> list[Exchange]:

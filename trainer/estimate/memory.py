@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from trainer.engine.ds_config import bucket_elements
-from trainer.estimate import activations
+from trainer.estimate import activations, heap
 from trainer.estimate.cluster import Cluster
 from trainer.estimate.fitted import FITTED, Fitted
 from trainer.estimate.layout import Layout
@@ -17,6 +17,9 @@ CHUNK_ELEMENTS = 2**25
 BLOCK_ELEMENTS = 2**27
 """Of logits, and of fp32 scratch on a GPU, that `trainer.cross_entropy` has at once; the same numbers as there."""
 
+FETCHED_AHEAD = 5e7
+"""Elements that ZeRO-3 gathers before they are used: DeepSpeed's `stage3_prefetch_bucket_size`."""
+
 LOGIT_BYTES = {"kernel": 4.0, "compiled": 8.0, "eager": 14.0}
 """Of a logit that exists as a whole, in bf16: the logit and its gradient, each 2; without a kernel fp32 of 4 for the
 gradient, and without a compiler also for the copy and for the log of the softmax (later its gradient)."""
@@ -26,10 +29,6 @@ HOST_PROCESS_BYTES = 3e9
 
 CPU_PROCESS_BYTES = 0.45e9
 """The same with the CPU build of torch, DeepSpeed and datasets."""
-
-GIVEN_BACK_BYTES = 32 << 20
-"""On a CPU: a tensor from this size on is memory of its own, which the system has back when it is free; smaller ones
-are of the C library's heap, which keeps what is free for the next (`trainer.host.keep_freed_memory`)."""
 
 
 def device_terms(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted = FITTED) -> list[Term]:
@@ -45,7 +44,7 @@ def device_terms(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted 
     moving = sum(term.value for term in passing)
     on_cpu = cluster.generation == "cpu"
     losses = [
-        _heap(moments, peak, passing, _small_states(shape, layout, local), fitted, layout.zero_stage == 2)
+        _heap(shape, layout, moments, passing, fitted)
         if on_cpu and layout.system.name == "ours"
         else Term(
             "fragmentation",
@@ -95,7 +94,7 @@ def _states(local: Local, layout: Layout, trained: float) -> list[Term]:
 @dataclass(frozen=True, slots=True)
 class _Moment:
     """A moment of the step at which the peak may be, by what is there besides states; and how that was computed. large:
-    of it, bytes in tensors of `GIVEN_BACK_BYTES` and more; absent: of the states' gradients, those that come later."""
+    of it, in tensors of `heap.GIVEN_BACK_BYTES` and more; absent: of the states' gradients, those that come later."""
 
     activations: float
     layer: float = 0.0
@@ -121,39 +120,16 @@ def _without(gradients: Term, absent: float) -> Term:
     return replace(gradients, value=gradients.value - absent, formula=f"{gradients.formula}; some come after the peak")
 
 
-def _small_states(shape: Shape, layout: Layout, local: Local) -> float:
-    """Of the optimizer's states, those in the heap: of the plain engine, which has them a parameter at a time; ZeRO's
-    are flat."""
-    if layout.zero_stage:
-        return 0.0
-    states = shape.trained * layout.system.moments
-    return states * (local.parameters - (local.tables if _large(4.0 * shape.embedding) else 0.0))
-
-
-def _heap(
-    moments: list[_Moment], peak: _Moment, passing: list[Term], states: float, fitted: Fitted, flat: bool
-) -> Term:
-    """What the C library's heap keeps on a CPU: the most that small tensors ever took, with holes between all that is
-    in it, while the large ones have their own peak. DeepSpeed's gathered parameters are small tensors. flat: gradients
-    that come after the peak are one tensor, and do not come into the heap."""
-    together = sum(term.value for term in passing) - (peak.absent if flat else 0.0)
+def _heap(shape: Shape, layout: Layout, moments: list[_Moment], passing: list[Term], fitted: Fitted) -> Term:
+    """What the C library's heap keeps on a CPU. ZeRO-2's gradients that come after the peak are one large tensor;
+    gathered parameters are small ones."""
+    absent = [moment.absent if layout.zero_stage == 2 else 0.0 for moment in moments]
+    peak = max(range(len(moments)), key=lambda index: moments[index].total)
+    together = sum(term.value for term in passing) - absent[peak]
     gathered = next(term.value for term in passing if term.name == "gathered parameters")
     small = gathered + max(moment.passing - moment.large for moment in moments)
-    large = max(moment.large - (moment.absent if flat else 0.0) for moment in moments)
-    return Term(
-        "fragmentation",
-        "device",
-        max(0.0, fitted.holes * (states + small) + small + large - together),
-        "holes x (optimizer states in the heap + passing tensors below 32 MiB) + most in these, and most in larger ones"
-        " - what is there at the peak",
-        {
-            "holes": fitted.holes,
-            "optimizer states in the heap": states,
-            "below 32 MiB": small,
-            "larger": large,
-            "at the peak": together,
-        },
-    )
+    large = max(moment.large - later for moment, later in zip(moments, absent, strict=True))
+    return heap.kept(shape, layout, small, large, together, fitted)
 
 
 def _passing(shape: Shape, layout: Layout, local: Local, cluster: Cluster, peak: _Moment) -> list[Term]:
@@ -235,25 +211,35 @@ def _own_moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -
         bucket + _sending(shape, layout, local, on_cpu, elements),
         "elements of a bucket, and its copies, x bytes",
     )
-    tables = (1 if shape.tied else 2) * _large(table) if not stage else _large(table)
+    tables = (1 if shape.tied else 2) * heap.large(table) if not stage else heap.large(table)
     copies = _large_copies(shape, layout, local)
     found = [
         _Moment(kept + bias, 0.0, logits, buffers=staying, large=_large_logits(shape, layout), absent=absent),
         _Moment(kept + width * _head_positions(shape, layout) * shape.d_model, 0.0, 0.0, head,
                 (bucket, "elements of a bucket x bytes") if shape.tied else sending,
-                _large(table) + (0.0 if shape.tied else copies)),
-        _Moment(kept, again, 0.0, head if not stage or shape.tied else held, filling, _large(bucket)),
+                heap.large(table) + (0.0 if shape.tied else copies)),
+        _Moment(kept, again, 0.0, head if not stage or shape.tied else held, filling, heap.large(bucket)),
         _Moment(outside, again, 0.0, last, sending, tables + copies),
     ]  # fmt: skip
     if flat:
         pieces = (6.0 * min(elements, shape.trained * local.parameters), "(4 + 2) x elements of a bucket")
-        found.append(_Moment(outside, 0.0, 0.0, held, pieces, pieces[0] if 4 * elements >= GIVEN_BACK_BYTES else 0.0))
-    if on_cpu and stage in (1, 2) and n > 1:
-        gathering = system.working * shape.trained * local.parameters
         found.append(
-            _Moment(0.0, buffers=(gathering, "bytes x parameters, which gloo copies"), large=_large(gathering))
+            _Moment(outside, 0.0, 0.0, held, pieces, pieces[0] if 4 * elements >= heap.GIVEN_BACK_BYTES else 0.0)
         )
+    if on_cpu and stage and n > 1:
+        found.append(_gathering(shape, layout, local))
     return found
+
+
+def _gathering(shape: Shape, layout: Layout, local: Local) -> _Moment:
+    """Parameters on their way between gloo ranks: what it gathers, it has copied. ZeRO-1 and 2 gather all at the end
+    of the step, ZeRO-3 at its beginning as many as it fetches ahead, into one tensor."""
+    size = layout.system.working * local.parameters
+    if layout.zero_stage < 3:
+        size *= shape.trained
+        return _Moment(0.0, buffers=(size, "bytes x parameters, which gloo copies"), large=heap.large(size))
+    ahead = 2 * min(size, layout.system.working * FETCHED_AHEAD)
+    return _Moment(0.0, buffers=(ahead, "2 x bytes x parameters fetched at once"), large=2 * heap.large(ahead / 2))
 
 
 def _sending(shape: Shape, layout: Layout, local: Local, on_cpu: bool, elements: float) -> float:
@@ -271,10 +257,10 @@ def _sending(shape: Shape, layout: Layout, local: Local, on_cpu: bool, elements:
 
 def _large_copies(shape: Shape, layout: Layout, local: Local) -> float:
     """Of `_sending` a table, what is large."""
-    joined = _large(layout.system.arriving * shape.trained * shape.embedding)
+    joined = heap.large(layout.system.arriving * shape.trained * shape.embedding)
     in_fp32 = layout.zero_stage == 2 and layout.system.gradient > layout.system.arriving
     own = 4.0 * shape.trained * min(shape.embedding, local.parameters / layout.zero_ranks)
-    return (joined if layout.zero_stage else 0.0) + (_large(own) if in_fp32 else 0.0)
+    return (joined if layout.zero_stage else 0.0) + (heap.large(own) if in_fp32 else 0.0)
 
 
 def _bucket(shape: Shape, layout: Layout, local: Local) -> float:
@@ -282,10 +268,6 @@ def _bucket(shape: Shape, layout: Layout, local: Local) -> float:
     if not layout.zero_stage or not layout.system.bucket_elements:
         return 0.0
     return min(layout.system.bucket_elements, bucket_elements(shape.trained * local.parameters))
-
-
-def _large(num_bytes: float) -> float:
-    return num_bytes if num_bytes >= GIVEN_BACK_BYTES else 0.0
 
 
 def _large_logits(shape: Shape, layout: Layout) -> float:
@@ -296,7 +278,7 @@ def _large_logits(shape: Shape, layout: Layout) -> float:
     chunks = positions * layout.target_fraction * shape.vocab_size > CHUNK_ELEMENTS
     chunk = width * min(positions * layout.target_fraction * shape.vocab_size, CHUNK_ELEMENTS)
     weight = (4.0 if chunks else width) * shape.vocab_size * shape.d_model
-    return _large(chunk) + _large(weight) + _large(width * positions * shape.d_model)
+    return heap.large(chunk) + heap.large(weight) + heap.large(width * positions * shape.d_model)
 
 
 def _stored(shape: Shape, layout: Layout) -> float:
