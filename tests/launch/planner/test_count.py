@@ -27,7 +27,7 @@ T5 = (
 )  # fmt: skip
 ENCODER = ("experiment=bert_masked_lm", "model.d_model=256", "model.d_ff=1024", "batch.global_size=128",
            "batch.micro_size=16", "task.sequence_length=128")  # fmt: skip
-LARGE = ("experiment=decoder_7b_zero3", "model.num_layers=1", "batch.global_size=128")
+LARGE = ("experiment=decoder_7b_zero3", "model.num_layers=6", "batch.global_size=128")
 
 
 def configured(*words: str) -> Config:
