@@ -3,7 +3,7 @@
     python scripts/bench/planner.py [--engines plain,zero1,zero2,zero3] [--ranks 1,2] [--precisions bf16,fp32] [--json]
     python scripts/bench/planner.py --model encoder_decoder --engines zero2 -- model.d_model=256 batch.micro_size=16
 
-A decoder (36 M parameters) or an encoder-decoder (29 M), or what the words make of it, trains on full rows of random
+A decoder (36 M parameters) or an encoder-decoder (30 M), or what the words make of it, trains on full rows of random
 ids. Measured: peak resident memory of a rank over six steps, as a run has them, above what it held after imports and a
 step of a tiny model; and bytes of all collectives in a step, as `scripts/bench/sharding.py` counts them, of which
 (n - 1) / n pass a rank. Predicted: `trainer.estimate` for a CPU, all terms but the libraries. Counted:
