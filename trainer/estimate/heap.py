@@ -13,8 +13,8 @@ GIVEN_BACK_BYTES = 32 << 20
 heap, which keeps what is free for the next."""
 
 DEEPSPEED_PIECES_BYTES = 1.2e8
-"""Of free memory in pieces that DeepSpeed's imports leave between what they keep in the heap (measured: 283 MB, of which
-147 are in use; without DeepSpeed 127 and 124); steps touch them little by little."""
+"""Of free memory in pieces that DeepSpeed's imports leave between what they keep in the heap (measured: 283 MB, of
+which 147 are in use; without DeepSpeed 127 and 124); steps touch them little by little."""
 
 
 def large(num_bytes: float) -> float:
