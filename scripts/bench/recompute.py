@@ -1,9 +1,10 @@
-"""What recomputing saves and costs: peak bytes of all tensors over forward and backward, and seconds, of each setting.
+"""What recomputing saves and costs: peak bytes of all tensors over forward and backward, and processor time.
 
     python scripts/bench/recompute.py [--layers 6] [--d-model 256] [--samples 8] [--length 256] [--pairs 3]
 
 A decoder and an encoder-decoder in fp32 with dropout, on one process; `none`, `selective` and `full` take turns.
-Printed: the peak without the parameters, and the time of a step, each beside that of `none` (medians).
+Printed: the peak without the parameters, and the processor time of a step on one thread, each beside that of `none`
+(medians).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def main() -> None:
     for name, value in (("layers", 6), ("d-model", 256), ("samples", 8), ("length", 256), ("pairs", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     sizes = {"d_model": options.d_model, "d_ff": 4 * options.d_model, "num_heads": 4, "dropout": 0.1}
     ids = torch.randint(VOCABULARY, (options.samples, options.length))
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -77,9 +79,9 @@ def main() -> None:
         for _ in range(options.pairs + 1):
             for recompute, model in models.items():
                 model.zero_grad(set_to_none=True)
-                started = time.perf_counter()
+                started = time.process_time()
                 learn(model, batch)
-                seconds.setdefault(recompute, []).append(time.perf_counter() - started)
+                seconds.setdefault(recompute, []).append(time.process_time() - started)
         for recompute, model in models.items():
             model.zero_grad(set_to_none=True)
             with LiveBytes() as live:

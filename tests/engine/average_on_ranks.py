@@ -11,6 +11,7 @@ import torch
 from trainer import distributed
 from trainer.composition import compose
 from trainer.config import to_config
+from trainer.engine import ds_config
 from trainer.initial import initialise
 from trainer.models.decoder import Decoder
 from trainer.parallel.layout import make_layout
@@ -19,6 +20,7 @@ from trainer.plan import make_plan
 from trainer.tasks.loss import token_loss
 
 TOKENS = 3 * 2 * 8
+ds_config.SMALLEST_BUCKET = 64  # so that these small models, too, send in pieces, and tables by themselves
 
 
 def learnt(words):

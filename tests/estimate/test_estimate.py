@@ -191,8 +191,9 @@ def test_our_engines_hold_and_send_what_was_measured(engine, ranks):
     resolved = config("experiment=lm_small", f"engine={engine}", "batch.micro_size=1", "batch.global_size=8")
     shape, layout = shape_of(resolved), layout_of(resolved, ranks)
     made = predict(shape, replace(layout, accumulation=1.0), load_cluster("cpu"))
+    summing = predict(shape, replace(layout, accumulation=2.0), load_cluster("cpu"))
     whole, shared, sent = SHARDING[engine]
-    states = sum(value(made, name) for name in ("parameters", "masters", "gradients", "optimizer states"))
+    states = sum(value(summing, name) for name in ("parameters", "masters", "gradients", "optimizer states"))
     assert states / shape.parameters == pytest.approx(whole + shared / ranks)
     bytes_sent = sum(term.bytes_sent for term in made.step)
     assert bytes_sent * ranks / (ranks - 1) / shape.parameters == pytest.approx(sent)

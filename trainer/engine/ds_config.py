@@ -16,6 +16,22 @@ _SWAPPED_ELEMENTS = 5 * 10**7
 _SWAP_BUFFERS = 5
 """Of page-locked memory, each for so many fp32 numbers: masters, gradients and at most three states of an optimizer."""
 
+LARGEST_BUCKET, SMALLEST_BUCKET = 5 * 10**8, 1 << 20
+"""Elements of the buffer in which gradients are collected to be sent: DeepSpeed's own number, and one below which a
+collective is all latency."""
+
+
+def bucket_elements(parameters: float) -> float:
+    """Of a model with so many trained parameters on a rank: an eighth of them. The buffer and the copy that DeepSpeed
+    sends stay small beside the gradients, whatever the size of the model."""
+    return min(LARGEST_BUCKET, max(SMALLEST_BUCKET, parameters // 8))
+
+
+def with_buckets(settings: dict[str, Any], parameters: int) -> dict[str, Any]:
+    """`settings` with buckets for a model of so many trained parameters."""
+    zero = {**settings["zero_optimization"], "reduce_bucket_size": bucket_elements(parameters)}
+    return {**settings, "zero_optimization": zero}
+
 
 def make_ds_config(plan: RunPlan) -> dict[str, Any]:
     """The dictionary given to `deepspeed.initialize` for this plan; {} when the engine is not ZeRO."""

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from trainer import distributed, sections
 from trainer.engine import nvme
 from trainer.engine.base import BuildModel, Fragment
 from trainer.engine.compiled import compile_module
+from trainer.engine.ds_config import bucket_elements, with_buckets
 from trainer.engine.optimizer_state import (
     evaluation_mode,
     frozen_whole,
@@ -127,6 +129,37 @@ def _keep_while_recomputing(coordinator: Any) -> None:
     coordinator.release_sub_module = release_after_use
 
 
+def _numel(parameter: Any) -> int:
+    """Of the whole parameter, also where ZeRO-3 has taken it apart."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _reduce_in_pieces(engine: Any, elements: int) -> None:
+    """Let ZeRO-1 in bf16 send its fp32 sums so many elements at a time: of each tensor that is sent it makes a copy in
+    fp32 and one in bf16, and the sums of all matrices are one tensor."""
+    optimizer = engine.optimizer
+    whole = optimizer.get_grads_for_reduction
+
+    def pieces() -> tuple[list[torch.Tensor], dict[str, Any]]:
+        sums, experts = whole()
+        return [piece for one in sums for piece in one.split(elements)], experts
+
+    optimizer.get_grads_for_reduction = pieces
+    engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=0)  # each by itself
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The tensors one after the other, as one; where they lie so in memory (gradients of a ZeRO-3 sub-group that are
+    all trained), without a copy."""
+    place, storage = tensors[0].storage_offset(), tensors[0].untyped_storage()._cdata
+    for tensor in tensors:
+        joined = tensor.untyped_storage()._cdata == storage and tensor.storage_offset() == place
+        if not joined or not tensor.is_contiguous():
+            return torch.cat([each.flatten() for each in tensors])
+        place += tensor.numel()
+    return tensors[0].as_strided((place - tensors[0].storage_offset(),), (1,))
+
+
 def _prepare_nvme(path: str) -> None:
     """Raises SetupError where DeepSpeed could not compile what reads and writes asynchronously, or not write."""
     if not AsyncIOBuilder().is_compatible():
@@ -176,6 +209,8 @@ class ZeroEngine:
             self.module = build_model()
         if compiled:
             compile_module(self.module)
+        trained = sum(_numel(parameter) for parameter in self.module.parameters() if parameter.requires_grad)
+        ds_config = with_buckets(ds_config, trained)
         optimizer = build_optimizer(self.module.named_parameters())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -184,6 +219,9 @@ class ZeroEngine:
             )
         if self.stage == 3:
             _keep_while_recomputing(self._optimizer.parameter_offload.get_param_coordinator())
+            self._optimizer.flatten = _flat
+        if hasattr(self._optimizer, "get_grads_for_reduction"):
+            _reduce_in_pieces(self._engine, round(bucket_elements(trained)))
         self.model: torch.nn.Module = self._engine
         self._base_optimizer: torch.optim.Optimizer = self._optimizer.optimizer
         self.skipped_steps = 0

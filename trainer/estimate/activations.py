@@ -54,8 +54,8 @@ def kept_bytes(shape: Shape, layout: Layout, stack: Stack, mode: str) -> float:
     query, kv, hidden = shape.query_size / t, shape.kv_size / t, shape.d_ff / t
     between = d / t if layout.system.sequence_norms else d
     cross = stack.memory > 0
-    if mode == "full":
-        return stack.positions * between * width
+    if mode == "full":  # keys and values of cross-attention are made of the memory before the layer runs
+        return width * (stack.positions * between + (2 * query * stack.memory_positions if cross else 0.0))
     statistics = 4.0 * shape.num_heads / t * (2 if cross else 1)
     if mode == "operations":  # the layer's input, and results of products and attention
         numbers = between + (query + 2 * kv) + query + between + (2 if shape.gated else 1) * hidden + between

@@ -111,8 +111,8 @@ def _sharded(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> 
             layers,
             all_reduce=system.all_reduces_gradients,
         )
-        stays = stage == 3 and system.live_elements > 0 and size <= system.live_elements
-        gathers = 1 if stage < 3 else m if stays else 2 * m
+        stays = _kept_until_backward(shape, local, layout)
+        gathers = 1 if stage < 3 else m * (1 + max(0.0, 1 - stays / size))
         add("parameters", gathers, system.working, layers)
     if replicas > 1 and stage:
         across = Group.of(replicas, layout.tensor * layout.zero_ranks, cluster, fitted)
@@ -122,6 +122,22 @@ def _sharded(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> 
         seconds, sent = across.all_reduce(shard, layers), 2 * shard * (replicas - 1) / replicas
         found.append(Exchange("all-reduce over replicas", across.link, seconds, sent, system.overlaps, formula, inputs))
     return found
+
+
+def _kept_until_backward(shape: Shape, local: Local, layout: Layout) -> float:
+    """ZeRO-3: elements that are gathered once for forward and backward.
+
+    DeepSpeed fetches ahead with every module, up to `stage3_max_live_parameters` (1e9) elements, and does not give back
+    what it has seen there of the backward pass: what goes into that number from the end of the forward pass, in whole
+    modules (a layer has four). The first token table is through before that; it stays where its next use comes before
+    others of `stage3_max_reuse_distance` (1e9) elements, each passed twice. `launch.planner.count` sees it.
+    """
+    most = layout.system.live_elements
+    if not most:
+        return 0.0
+    table = 0.0 if shape.tied else local.tables / 2
+    gone = table if 2 * (local.parameters - table) >= most else 0.0
+    return min(local.parameters - gone, most - local.layer / 8)
 
 
 def _tensor(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted) -> list[Exchange]:

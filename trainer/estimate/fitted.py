@@ -18,7 +18,8 @@ class Fitted:
     attention: of the peak, in attention kernels, by family and generation. link: of a link's bandwidth, in collectives
     (not fitted: what NCCL's own tests show). exposed: of collectives that could hide beneath computation, the part that
     does not. hop_seconds: of a collective's step from rank to rank. fragmentation: of memory that comes and goes, what
-    the allocator holds besides; context_bytes: of libraries and communicators.
+    the allocator holds besides; context_bytes: of libraries and communicators. holes: on a CPU, free memory in the
+    C library's heap at the peak, in largest tensors below 32 MiB (`scripts/bench/planner.py`).
 
     Volta's flash kernel, CDNA3 and the CPU are guesses that no published row checks; cuDNN's attention on Hopper is
     what FlashAttention-3 (Shah et al. 2024, figures 5 and 6) measured of it, forward and backward together.
@@ -53,6 +54,7 @@ class Fitted:
     hop_seconds: float = 5.25e-6
     fragmentation: float = 0.02
     context_bytes: float = 2 * 2.0**30
+    holes: float = 6.0
 
 
 FITTED = Fitted()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from trainer.estimate import activations
+from trainer.engine.ds_config import bucket_elements
+from trainer.estimate import activations, heap
 from trainer.estimate.cluster import Cluster
 from trainer.estimate.fitted import FITTED, Fitted
 from trainer.estimate.layout import Layout
@@ -15,6 +16,9 @@ from trainer.estimate.terms import Term
 CHUNK_ELEMENTS = 2**25
 BLOCK_ELEMENTS = 2**27
 """Of logits, and of fp32 scratch on a GPU, that `trainer.cross_entropy` has at once; the same numbers as there."""
+
+FETCHED_AHEAD = 5e7
+"""Elements that ZeRO-3 gathers before they are used: DeepSpeed's `stage3_prefetch_bucket_size`."""
 
 LOGIT_BYTES = {"kernel": 4.0, "compiled": 8.0, "eager": 14.0}
 """Of a logit that exists as a whole, in bf16: the logit and its gradient, each 2; without a kernel fp32 of 4 for the
@@ -32,11 +36,17 @@ def device_terms(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted 
     al. 2022 (section 4), and the code of our engines (docs/sharding.md)."""
     local = Local.of(shape, layout)
     states = _states(local, layout, shape.trained)
-    passing = _passing(shape, layout, local, cluster)
+    find = _own_moments if layout.system.name == "ours" else _moments
+    moments = find(shape, layout, local, cluster)
+    peak = max(moments, key=lambda moment: moment.total)
+    states = [_without(term, peak.absent) if term.name == "gradients" else term for term in states]
+    passing = _passing(shape, layout, local, cluster, peak)
     moving = sum(term.value for term in passing)
     on_cpu = cluster.generation == "cpu"
     losses = [
-        Term(
+        _heap(shape, layout, moments, passing, fitted)
+        if on_cpu and layout.system.name == "ours"
+        else Term(
             "fragmentation",
             "device",
             fitted.fragmentation * moving,
@@ -83,31 +93,54 @@ def _states(local: Local, layout: Layout, trained: float) -> list[Term]:
 
 @dataclass(frozen=True, slots=True)
 class _Moment:
-    """A moment of the step at which the peak may be, by what is there besides states; and how that was computed."""
+    """A moment of the step at which the peak may be, by what is there besides states; and how that was computed. large:
+    of it, in tensors of `heap.GIVEN_BACK_BYTES` and more; absent: of the states' gradients, those that come later."""
 
     activations: float
     layer: float = 0.0
     logits: float = 0.0
     arriving: tuple[float, str] = (0.0, "none")
     buffers: tuple[float, str] = (0.0, "none")
+    large: float = 0.0
+    absent: float = 0.0
+
+    @property
+    def passing(self) -> float:
+        return self.activations + self.layer + self.logits + self.arriving[0] + self.buffers[0]
 
     @property
     def total(self) -> float:
-        return self.activations + self.layer + self.logits + self.arriving[0] + self.buffers[0]
+        return self.passing - self.absent
 
 
-def _passing(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[Term]:
+def _without(gradients: Term, absent: float) -> Term:
+    """The gradients less those that come after the peak."""
+    if not absent:
+        return gradients
+    return replace(gradients, value=gradients.value - absent, formula=f"{gradients.formula}; some come after the peak")
+
+
+def _heap(shape: Shape, layout: Layout, moments: list[_Moment], passing: list[Term], fitted: Fitted) -> Term:
+    """What the C library's heap keeps on a CPU. ZeRO-2's gradients that come after the peak are one large tensor;
+    gathered parameters are small ones."""
+    absent = [moment.absent if layout.zero_stage == 2 else 0.0 for moment in moments]
+    peak = max(range(len(moments)), key=lambda index: moments[index].total)
+    together = sum(term.value for term in passing) - absent[peak]
+    gathered = next(term.value for term in passing if term.name == "gathered parameters")
+    small = gathered + max(moment.passing - moment.large for moment in moments)
+    large = max(moment.large - later for moment, later in zip(moments, absent, strict=True))
+    return heap.kept(shape, layout, small, large, together, fitted)
+
+
+def _passing(shape: Shape, layout: Layout, local: Local, cluster: Cluster, peak: _Moment) -> list[Term]:
     """What comes and goes within a step, at the moment when that is most."""
     gathered, gathered_formula = _gathered(layout, local)
-    find = _own_moments if layout.system.name == "ours" else _moments
-    moments = find(shape, layout, local, cluster)
-    peak = max(moments, key=lambda moment: moment.total)
     _, logits_formula = logit_bytes(shape, layout, cluster.generation == "cpu")
     later = "0: the peak is elsewhere in the step"
     elements = {"parameters of the rank": local.parameters, "of a layer": local.layer}
     inputs = {"positions": layout.micro_size * (layout.source_length + layout.target_length)}
     kept = f"layers x bytes that a layer keeps (recompute={layout.recompute}), embeddings"
-    sizes = {"elements of a bucket": layout.system.bucket_elements, "bytes": layout.system.arriving}
+    sizes = {"elements of a bucket": _bucket(shape, layout, local), "bytes": layout.system.arriving}
     rows: tuple[tuple[str, float, str, dict[str, float]], ...] = (
         ("gathered parameters", gathered, gathered_formula, {"bytes": layout.system.working, **elements}),
         ("buffers of collectives", *peak.buffers, sizes),
@@ -149,33 +182,103 @@ def _moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> li
 
 
 def _own_moments(shape: Shape, layout: Layout, local: Local, cluster: Cluster) -> list[_Moment]:
-    """Of our engines: the loss; the backward passes of the head and the last layer; the end of the first layer's.
+    """Of our engines: the loss; the backward passes of the head and the last layer; the end of the first layer's; what
+    is sent at the end; and the update.
 
     `launch.planner.count` sees them in DeepSpeed itself: ZeRO-2's bucket comes with the first gradient, ZeRO-3's stays;
-    ZeRO-1 in bf16 reduces at the end, by a flat copy of the fp32 sums and one in bf16.
+    a parameter larger than the bucket is sent by itself; ZeRO-1 in bf16 reduces at the end.
     """
-    system, stage, stored = layout.system, layout.zero_stage, _stored(shape, layout)
-    width = 4.0 if layout.precision == "fp32" else 2.0
+    system, stage, stored, n = layout.system, layout.zero_stage, _stored(shape, layout), layout.zero_ranks
+    on_cpu, width = cluster.generation == "cpu", 4.0 if layout.precision == "fp32" else 2.0
     kept = 0.0 if layout.offload_activations == "cpu" else stored
-    logits, _ = logit_bytes(shape, layout, cluster.generation == "cpu")
+    logits, _ = logit_bytes(shape, layout, on_cpu)
     again = activations.again_bytes(shape, layout) if shape.other is None else 0.0
     outside = activations.embedded_bytes(shape, layout) if shape.other is None else 0.0
     flat = stage == 1 and layout.precision != "fp32"
-    bucket = (0.0, "none") if not stage or flat else (_buffers(layout, local, cluster), "elements of a bucket x bytes")
-    each = system.arriving * shape.trained
-    first = (0.0, "none: they are held") if flat else (each * shape.embedding, "bytes x parameters of the head")
-    last = (each * local.parameters, "bytes x parameters of the rank") if not stage else (0.0, "none: they are held")
-    reducing = (
-        6.0 * min(shape.trained * local.parameters, system.bucket_elements),
-        "(4 + 2) x min(parameters, elements of a bucket)",
+    bias = activations.bias_bytes(shape, layout) / 2 if layout.recompute != "none" and shape.other is None else 0.0
+    later = (2.0 if flat else system.gradient / n if stage == 2 else 0.0) if layout.accumulation == 1 else 0.0
+    absent = later * shape.trained * local.parameters
+    elements, each = _bucket(shape, layout, local), system.arriving * shape.trained
+    table = each * shape.embedding
+    bucket = elements * system.arriving if stage and not flat else 0.0
+    sent = _sending(shape, layout, local, on_cpu, shape.embedding)
+    held = (0.0, "none: they are held")
+    head = held if flat else (table, "bytes x parameters of the head")
+    last = (each * local.parameters, "bytes x parameters of the rank") if not stage else head if stage > 1 else held
+    staying = (bucket, "elements of a bucket x bytes") if stage == 3 else (0.0, "none: they come later")
+    sending = (bucket + sent, "(elements of a bucket + of the table, and its copies to be sent) x bytes")
+    filling = (
+        bucket + _sending(shape, layout, local, on_cpu, elements),
+        "elements of a bucket, and its copies, x bytes",
     )
-    return [
-        _Moment(kept, 0.0, logits, buffers=bucket if stage == 3 else (0.0, "none: they come later")),
-        _Moment(kept + width * _head_positions(shape, layout) * shape.d_model, 0.0, 0.0, first, bucket),
-        _Moment(kept, again, 0.0, first if not stage else (0.0, "none: in the bucket"), bucket),
-        _Moment(outside, again, 0.0, last, bucket),
-        *([_Moment(outside, 0.0, 0.0, last, reducing)] if flat else []),
-    ]
+    tables = (1 if shape.tied else 2) * heap.large(table) if not stage else heap.large(table)
+    copies = _large_copies(shape, layout, local)
+    found = [
+        _Moment(kept + bias, 0.0, logits, buffers=staying, large=_large_logits(shape, layout), absent=absent),
+        _Moment(kept + width * _head_positions(shape, layout) * shape.d_model, 0.0, 0.0, head,
+                (bucket, "elements of a bucket x bytes") if shape.tied else sending,
+                heap.large(table) + (0.0 if shape.tied else copies)),
+        _Moment(kept, again, 0.0, head if not stage or shape.tied else held, filling, heap.large(bucket)),
+        _Moment(outside, again, 0.0, last, sending, tables + copies),
+    ]  # fmt: skip
+    if flat:
+        pieces = (6.0 * min(elements, shape.trained * local.parameters), "(4 + 2) x elements of a bucket")
+        found.append(
+            _Moment(outside, 0.0, 0.0, held, pieces, pieces[0] if 4 * elements >= heap.GIVEN_BACK_BYTES else 0.0)
+        )
+    if on_cpu and stage and n > 1:
+        found.append(_gathering(shape, layout, local))
+    return found
+
+
+def _gathering(shape: Shape, layout: Layout, local: Local) -> _Moment:
+    """Parameters on their way between gloo ranks: what it gathers, it has copied. ZeRO-1 and 2 gather all at the end
+    of the step, ZeRO-3 at its beginning as many as it fetches ahead, into one tensor."""
+    size = layout.system.working * local.parameters
+    if layout.zero_stage < 3:
+        size *= shape.trained
+        return _Moment(0.0, buffers=(size, "bytes x parameters, which gloo copies"), large=heap.large(size))
+    ahead = 2 * min(size, layout.system.working * FETCHED_AHEAD)
+    return _Moment(0.0, buffers=(ahead, "2 x bytes x parameters fetched at once"), large=2 * heap.large(ahead / 2))
+
+
+def _sending(shape: Shape, layout: Layout, local: Local, on_cpu: bool, elements: float) -> float:
+    """Of so many gradients, copies while they are sent: ZeRO-2 joins them, and adds its own part as fp32; ZeRO-3 joins
+    them; gloo reduces and scatters in a copy of its own."""
+    system, stage, n = layout.system, layout.zero_stage, layout.zero_ranks
+    joined = system.arriving * shape.trained * elements
+    if stage == 2:
+        own = min(elements, local.parameters / n)
+        return joined + (4.0 * shape.trained * own if system.gradient > system.arriving else 0.0)
+    if stage == 3:
+        return joined * (1 + (on_cpu and n > 1))
+    return joined if stage == 1 and layout.precision == "fp32" else 0.0
+
+
+def _large_copies(shape: Shape, layout: Layout, local: Local) -> float:
+    """Of `_sending` a table, what is large."""
+    joined = heap.large(layout.system.arriving * shape.trained * shape.embedding)
+    in_fp32 = layout.zero_stage == 2 and layout.system.gradient > layout.system.arriving
+    own = 4.0 * shape.trained * min(shape.embedding, local.parameters / layout.zero_ranks)
+    return (joined if layout.zero_stage else 0.0) + (heap.large(own) if in_fp32 else 0.0)
+
+
+def _bucket(shape: Shape, layout: Layout, local: Local) -> float:
+    """Elements of the buffer in which ZeRO collects gradients."""
+    if not layout.zero_stage or not layout.system.bucket_elements:
+        return 0.0
+    return min(layout.system.bucket_elements, bucket_elements(shape.trained * local.parameters))
+
+
+def _large_logits(shape: Shape, layout: Layout) -> float:
+    """Of the loss in the output head, the chunk of logits and the gradients where they are large."""
+    if shape.other is not None or not shape.vocab_size or shape.classifies or layout.system.head_loss != "fused":
+        return 0.0
+    width, positions = 4.0 if layout.precision == "fp32" else 2.0, _head_positions(shape, layout)
+    chunks = positions * layout.target_fraction * shape.vocab_size > CHUNK_ELEMENTS
+    chunk = width * min(positions * layout.target_fraction * shape.vocab_size, CHUNK_ELEMENTS)
+    weight = (4.0 if chunks else width) * shape.vocab_size * shape.d_model
+    return heap.large(chunk) + heap.large(weight) + heap.large(width * positions * shape.d_model)
 
 
 def _stored(shape: Shape, layout: Layout) -> float:
@@ -213,8 +316,8 @@ def _arriving(layout: Layout, local: Local) -> tuple[float, str]:
 
 
 def _buffers(layout: Layout, local: Local, cluster: Cluster) -> float:
-    """DeepSpeed's buckets of gradients: one, or two where they overlap with computation. On a CPU, pages that are not
-    used take no memory."""
+    """DeepSpeed's buckets of gradients, in its own size: one, or two where they overlap with computation. On a CPU,
+    pages that are not used take no memory."""
     system = layout.system
     if not layout.zero_stage or not system.bucket_elements:
         return 0.0

@@ -27,7 +27,7 @@ T5 = (
 )  # fmt: skip
 ENCODER = ("experiment=bert_masked_lm", "model.d_model=256", "model.d_ff=1024", "batch.global_size=128",
            "batch.micro_size=16", "task.sequence_length=128")  # fmt: skip
-LARGE = ("experiment=decoder_7b_zero3", "model.num_layers=1", "batch.global_size=128")
+LARGE = ("experiment=decoder_7b_zero3", "model.num_layers=6", "batch.global_size=128")
 
 
 def configured(*words: str) -> Config:
@@ -51,14 +51,12 @@ def configured(*words: str) -> Config:
     ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else str(value),
 )
 def test_formulas_and_count_agree(ranks: int, words: tuple[str, ...]) -> None:
-    """Memory within 3 % without DeepSpeed's bucket, whose 5e8 numbers would hide the rest; what is sent, within 1 %."""
+    """Memory within 3 %; what is sent, within 1 %."""
     config = configured(*words)
     found = count(config, ranks)
     made = predict(shape_of(config), layout_of(config, ranks), load_cluster("h100_8x8").with_ranks(ranks))
-    terms = {term.name: term.value for term in made.memory if term.name not in ("libraries", "fragmentation")}
-    bucket = "buffers of collectives"
-    assert terms.pop(bucket) == pytest.approx(found.peak.get(bucket, 0), rel=0.1, abs=3e7)
-    assert sum(terms.values()) == pytest.approx(found.peak_bytes - found.peak.get(bucket, 0), rel=0.03)
+    memory = sum(term.value for term in made.memory if term.name not in ("libraries", "fragmentation"))
+    assert memory == pytest.approx(found.peak_bytes, rel=0.03)
     passed = sum(
         (2 if kind == "allreduce" else 1) * size * times * (ranks - 1) / ranks
         for kind, size, ranks, times in found.sent

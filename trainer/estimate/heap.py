@@ -1,0 +1,60 @@
+"""Memory that the C library keeps on a CPU (`trainer.host.keep_freed_memory`): more is resident than in use."""
+
+from __future__ import annotations
+
+from trainer.estimate import activations
+from trainer.estimate.fitted import Fitted
+from trainer.estimate.layout import Layout
+from trainer.estimate.shape import Shape
+from trainer.estimate.terms import Term
+
+GIVEN_BACK_BYTES = 32 << 20
+"""A tensor from this size on is memory of its own, which the system has back when it is free; smaller ones are of the
+heap, which keeps what is free for the next."""
+
+DEEPSPEED_PIECES_BYTES = 1.2e8
+"""Of free memory in pieces that DeepSpeed's imports leave between what they keep in the heap (measured: 283 MB, of
+which 147 are in use; without DeepSpeed 127 and 124); steps touch them little by little."""
+
+
+def large(num_bytes: float) -> float:
+    """The bytes of a tensor that is memory of its own; 0 of one in the heap."""
+    return num_bytes if num_bytes >= GIVEN_BACK_BYTES else 0.0
+
+
+def kept(shape: Shape, layout: Layout, in_small: float, in_large: float, together: float, fitted: Fitted) -> Term:
+    """Resident memory beyond the bytes of all tensors at the peak (`together`): the most that the heap ever held stays,
+    while large tensors have their own peak; and holes in the heap, of no use to the next tensor that is larger."""
+    hole = largest_small(shape, layout)
+    pieces = DEEPSPEED_PIECES_BYTES if layout.zero_stage else 0.0
+    return Term(
+        "fragmentation",
+        "device",
+        max(0.0, max(fitted.holes * hole, pieces) + in_small + in_large - together),
+        "max(holes x largest tensor below 32 MiB, pieces that DeepSpeed leaves) + most in such tensors + most in larger"
+        " ones - what is there at the peak",
+        {
+            "holes": fitted.holes,
+            "largest tensor below 32 MiB": hole,
+            "pieces": pieces,
+            "in such tensors": in_small,
+            "in larger ones": in_large,
+            "at the peak": together,
+        },
+    )
+
+
+def largest_small(shape: Shape, layout: Layout) -> float:
+    """Bytes of the largest tensor of a step that lies in the heap: gradients and states of a token table, logits, a
+    feed-forward's hidden units, attention's weights."""
+    if shape.other is not None:
+        return GIVEN_BACK_BYTES / 2
+    width, split = 4.0 if layout.precision == "fp32" else 2.0, layout.sequence * layout.context
+    positions = layout.micro_size * (layout.target_length or layout.source_length) / split
+    sizes = [width * shape.embedding, width * positions * shape.vocab_size]
+    sizes += [] if layout.zero_stage else [4.0 * shape.embedding]
+    for stack in activations.stacks(shape, layout):
+        hidden = (2 if shape.gated else 1) * shape.d_ff / layout.tensor
+        scores = activations.scores_bytes(shape, layout, stack)
+        sizes += [width * stack.positions * hidden, width * stack.positions * shape.d_model, scores]
+    return max((size for size in sizes if size < GIVEN_BACK_BYTES), default=0.0)
