@@ -28,7 +28,7 @@ WARM_UP, SAVE_AT, SAVED_BY = 6, 4, 8
 """Steps before the first turn; of the run that saves a checkpoint: the step it does so at, and its last."""
 
 
-PEAK_LAPS = ("pairs512", "packed512")
+PEAK_LAPS = ("pairs512", "packed512", "packed1024")
 
 
 def heat(lap: dict[str, Any], entrants: list[str], ranks: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def race(options: argparse.Namespace) -> None:
 
 
 def peak(options: argparse.Namespace) -> None:
-    """A line for each shape of d 512: our share of what bf16 products reach in turns with us."""
+    """A line for each shape of d >= 512: our share of what bf16 products reach in turns with us."""
     lines = []
     for name in PEAK_LAPS:
         lap = prepare(name, options.work)
