@@ -12,50 +12,62 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent / "race")]
 
-from race import figures  # noqa: E402
+from race import figures, learning  # noqa: E402
 from race.laps import LAPS, prepare  # noqa: E402
 from race.running import Failed, Runner, make_spec  # noqa: E402
 
-WARM_UP = 8
-"""Steps before the first turn; the checkpoint is saved after the fourth."""
+WARM_UP, SAVE_AT, SAVED_BY = 8, 6, 12
+"""Steps before the first turn; of the run that saves a checkpoint: the step it does so at, and its last."""
 
 
 def heat(lap: dict[str, Any], entrants: list[str], ranks: int, options: argparse.Namespace) -> dict[str, Any]:
     """Figures by entrant of one lap on so many ranks; an entrant that fails is left out, and told."""
     threads = options.threads if ranks == 1 else 1
-    cpus = list(range(max(ranks, threads)))
-    runners: dict[str, Runner] = {}
+    folder = options.work / "runs" / f"{lap['lap']}_{ranks}x{threads}"
+    shutil.rmtree(folder, ignore_errors=True)
+    told = {"ranks": ranks, "threads": threads, "engine": "zero2" if ranks > 1 else "plain"}
+
+    def runner_of(name: str, purpose: str, save_at: int | None = None) -> Runner:
+        spec = make_spec(lap, name, folder / f"{name}_{purpose}", **told, save_at=save_at)
+        return Runner(spec, options.python.get(name, sys.executable), list(range(max(ranks, threads))))
+
+    saving = {} if options.rates_only else {name: runner_of(name, "saving", SAVE_AT) for name in entrants}
+    running = {name: runner_of(name, "running") for name in entrants}
     try:
-        for name in entrants:
-            out = options.work / "runs" / f"{lap['lap']}_{ranks}x{threads}" / name
-            shutil.rmtree(out, ignore_errors=True)
-            engine = "zero2" if ranks > 1 else "plain"
-            spec = make_spec(lap, name, out, ranks=ranks, threads=threads, engine=engine, save_at=4)
-            runner = runners[name] = Runner(spec, options.python.get(name, sys.executable), cpus)
-            attempt(runners, name, lambda runner=runner: (runner.start(), runner.until(WARM_UP), runner.pause()))
+        for name, one in list(saving.items()):  # which also fills the caches of those that have one
+            if not attempt(saving, name, lambda one=one: (one.start(), one.until(SAVED_BY), one.end())):
+                del running[name]
+        for name, one in list(running.items()):
+            attempt(running, name, lambda one=one: (one.start(), one.until(WARM_UP), one.pause()))
         for round_ in range(options.rounds):
-            for name in list(runners) if round_ % 2 == 0 else list(reversed(runners)):
-                attempt(runners, name, lambda name=name: runners[name].turn(options.seconds, options.steps))
-        memory = {name: runner.peak_memory() for name, runner in runners.items()}
+            for name in list(running) if round_ % 2 == 0 else list(reversed(running)):
+                attempt(running, name, lambda name=name: running[name].turn(options.seconds, options.steps))
+        memory = {name: runner.peak_memory() for name, runner in running.items()}
     finally:
-        for runner in runners.values():
+        for runner in (*saving.values(), *running.values()):
             runner.end()
-    return {name: figures.of_turns(runner, memory[name]) for name, runner in runners.items()}
+    return {
+        name: figures.of_turns(runner, memory[name]) | (figures.of_saving(saving[name]) if name in saving else {})
+        for name, runner in running.items()
+    }
 
 
-def attempt(runners: dict[str, Runner], name: str, action: Any) -> None:
+def attempt(runners: dict[str, Runner], name: str, action: Any) -> bool:
     """Do it; where it fails, tell and leave the entrant out."""
     try:
         action()
     except Failed as failure:
         print(f"left out: {failure}", file=sys.stderr, flush=True)
         runners.pop(name).end()
+        return False
+    return True
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -70,6 +82,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="of a turn, at least")
     parser.add_argument("--threads", type=int, default=1, help="of a single process; of two ranks, each has one")
     parser.add_argument("--python", action="append", default=[], metavar="ENTRANT=PATH")
+    parser.add_argument("--rates-only", action="store_true", help="no run that saves a checkpoint")
+    parser.add_argument("--learn", metavar="RIVAL", help="instead: train beside one other, and compare what was learnt")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of --learn: of training for each seed")
+    parser.add_argument("--seeds", type=int, default=3, help="of --learn")
+    parser.add_argument("--learn-steps", type=int, default=50, help="of --learn: between two checkpoints and validations")
+    parser.add_argument("--test-samples", type=int, default=400, help="of --learn: sentences to translate")
+    parser.add_argument("--beams", type=int, default=4, help="of --learn")
     parser.add_argument("--work", type=Path, default=Path("runs/race"))
     options = parser.parse_args(words)
     options.python = dict(pair.split("=", 1) for pair in options.python)
@@ -80,6 +99,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run the heats and write what came of them."""
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and what was started is ended
+    if options.learn is not None:
+        results = learning.learn(prepare("learn", options.work), options.learn, options)
+        (options.work / "learning.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        (options.work / "learning.md").write_text(learning.report(results, options.learn), encoding="utf-8")
+        learning.draw(results, options.learn, options.work / "learning.png")
+        print(learning.report(results, options.learn))
+        return
     results = {}
     for name in options.laps:
         lap = prepare(name, options.work)

@@ -36,12 +36,13 @@ def of_turns(runner: Runner, memory: int) -> dict[str, Any]:
     for first, last, spent in runner.turns:
         rates.append(sum(tokens[step] for step in range(first + 1, last + 1)) / spent)
         seconds += [time_of[step] - time_of[step - 1] for step in range(first + 1, last + 1)]
-    turned = {step for first, last, _ in runner.turns for step in range(first + 1, last + 1)}
+    turned = [step for first, last, _ in runner.turns for step in range(first, last + 1)]
     padding = [e["padding"] for e in ranks[0] if e["event"] == "step" and e.get("padding") is not None]
     ready = next((event for event in ranks[0] if event["event"] == "ready"), {})
     return {
         "rates": rates,
         "tokens_per_second": statistics.median(rates),
+        "tokens_per_processor_second": sum(tokens[step] for step in turned) / runner.processor_seconds,
         "step_seconds": statistics.median(seconds),
         "jitter": sorted(seconds)[int(0.95 * len(seconds))] / statistics.median(seconds),
         "tokens_per_step": statistics.mean(tokens[step] for step in turned),
@@ -50,23 +51,23 @@ def of_turns(runner: Runner, memory: int) -> dict[str, Any]:
         "memory_bytes": memory,
         "start_seconds": min(time_of.values()) - runner.launched,
         "parameters": ready.get("parameters"),
-        **_saving(ranks, time_of),
     }
 
 
-def _saving(ranks: list[list[dict[str, Any]]], time_of: Mapping[int, float]) -> dict[str, Any]:
-    """Of the checkpoint: its bytes, seconds until it was on the disk, and by how much the step after it took longer than the one after
-    that."""
-    saved = [event for event in ranks[0] if event["event"] == "saved"]
-    if not saved:
+def of_saving(runner: Runner) -> dict[str, Any]:
+    """Of a run that saves once: bytes of the checkpoint, seconds from the end of its step until it was on the disk, and seconds
+    that training stood still: ours goes on while a thread writes, so how much longer the next step took than the median one."""
+    events = runner.everything()[0]
+    saved = next((event for event in events if event["event"] == "saved"), None)
+    if saved is None:
         return {}
-    step = saved[0]["step"]
-    stalled = (time_of[step + 1] - time_of[step]) - (time_of[step + 2] - time_of[step + 1])
-    return {
-        "checkpoint_bytes": saved[0]["bytes"],
-        "checkpoint_seconds": saved[0]["time"] - time_of[step],
-        "checkpoint_stall_seconds": stalled,
-    }
+    times = {event["step"]: event["time"] for event in events if event["event"] == "step"}
+    spent = {step: times[step] - times[step - 1] for step in times if step - 1 in times}
+    seconds = stall = saved["time"] - times[saved["step"]]
+    if runner.spec["entrant"] == OURS:
+        after = spent.pop(saved["step"] + 1)
+        stall = max(after - statistics.median(spent.values()), 0.0)
+    return {"checkpoint_bytes": saved["bytes"], "checkpoint_seconds": seconds, "checkpoint_stall_seconds": stall}
 
 
 def ratios(heat: Mapping[str, Mapping[str, Any]], other: str) -> list[float]:
@@ -74,35 +75,42 @@ def ratios(heat: Mapping[str, Mapping[str, Any]], other: str) -> list[float]:
     return [ours / theirs for ours, theirs in zip(heat[OURS]["rates"], heat[other]["rates"], strict=True)]
 
 
+COLUMNS = (
+    *("", "target tokens/s", "ours / theirs", "the same by processor time", "step s", "p95 / median", "padding"),
+    *("peak MiB a rank", "first step after s", "checkpoint MiB", "on disk after s", "training waits s"),
+)
+
+
 def table(heats: Heats) -> str:
     """Markdown: a table a heat."""
     lines = []
     for title, heat in heats.items():
-        lines += [f"**{title}**", ""]
-        lines += [
-            "| | target tokens/s | ours / theirs | step s | p95 / median | padding | peak MiB a rank | start s | checkpoint MiB | on disk s | stall s |"
-        ]
-        lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
-        for name, one in heat.items():
-            both = sorted(ratios(heat, name)) if OURS in heat and name != OURS else []
-            ratio = f"{statistics.median(both):.2f} ({both[0]:.2f} to {both[-1]:.2f})" if both else ""
-            padding = "" if one["padding"] is None else f"{100 * one['padding']:.1f} %"
-            saved = ["", "", ""]
-            if "checkpoint_bytes" in one:
-                parts = one["checkpoint_bytes"] / 2**20, one["checkpoint_seconds"], one["checkpoint_stall_seconds"]
-                saved = [f"{parts[0]:.0f}", f"{parts[1]:.2f}", f"{parts[2]:.2f}"]
-            cells = [
-                name,
-                f"{one['tokens_per_second']:,.0f}",
-                ratio,
-                f"{one['step_seconds']:.3f}",
-                f"{one['jitter']:.2f}",
-                padding,
-            ]
-            cells += [f"{one['memory_bytes'] / 2**20:.0f}", f"{one['start_seconds']:.1f}", *saved]
-            lines.append(f"| {' | '.join(cells)} |")
+        lines += [f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        lines += [f"| {' | '.join(_cells(name, heat))} |" for name in heat]
         lines.append("")
     return "\n".join(lines)
+
+
+def _cells(name: str, heat: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    one, ours = heat[name], heat.get(OURS)
+    ratio = processor = ""
+    if ours is not None and name != OURS:
+        ratio = spread(ratios(heat, name))
+        processor = f"{ours['tokens_per_processor_second'] / one['tokens_per_processor_second']:.2f}"
+    saved = ["", "", ""]
+    if "checkpoint_bytes" in one:
+        times = (f"{one[f'checkpoint_{key}']:.2f}" for key in ("seconds", "stall_seconds"))
+        saved = [f"{one['checkpoint_bytes'] / 2**20:.0f}", *times]
+    padding = "" if one["padding"] is None else f"{100 * one['padding']:.1f} %"
+    step = f"{one['step_seconds']:.3f}", f"{one['jitter']:.2f}", padding
+    memory = f"{one['memory_bytes'] / 2**20:.0f}"
+    speed = f"{one['tokens_per_second']:,.0f}", ratio, processor
+    return [name, *speed, *step, memory, f"{one['start_seconds']:.1f}", *saved]
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def draw(heats: Heats, path: Path) -> None:

@@ -45,7 +45,7 @@ LAPS: dict[str, dict[str, Any]] = {
     "packed256": _packed(256, 4, 4096),
     "packed256_32k": _packed(256, 4, 32000),
     "packed512": _packed(512, 4, 4096),
-    "learn": _pairs(128, 3),
+    "learn": _pairs(128, 2, 3000, source="homeassistant_en_de", optimizer={**OPTIMIZER, "lr": 2e-3}),
     "tiny": _pairs(32, 1, 1000, source="homeassistant_en_de", batch=16, max_length=48),
 }
 """By name: the shape, and where the text comes from: a folder made by scripts/data/parallel.py, or a corpus that comes with the package."""
@@ -68,7 +68,7 @@ def prepare(name: str, work: Path) -> dict[str, Any]:
         "data": data,
         "tokenizer": str(folder / "tokenizer.json"),
         "ids": {"pad": 0, "bos": 1, "eos": 2},
-        "optimizer": OPTIMIZER,
+        "optimizer": lap.get("optimizer", OPTIMIZER),
         "parameters": count_parameters(lap),
         "precision": "bf16",
         "validation_samples": 500,

@@ -18,11 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from race import shardwright
 
 HERE = Path(__file__).resolve().parent
-PROGRAMS = {"hf_grouped": "hf"}
-"""Entrants whose program has another name."""
+PROGRAMS = {
+    "hf_grouped": "hf",
+    "accelerate": "accelerated",
+    "lightning": "lightning_fit",
+    "joeynmt": "joeynmt_train",
+    "eole": "eole_train",
+}
+"""Entrants whose program has another name: one must not be called like the library it imports."""
 
 
 class Failed(Exception):
@@ -39,7 +46,9 @@ class Runner:
     launched: float = 0.0
     events: list[dict[str, Any]] = field(default_factory=list)
     turns: list[tuple[int, int, float]] = field(default_factory=list)
-    """Of each turn: its first and its last whole step, the seconds from the end of one to the end of the other."""
+    """Of each turn: its first and its last step, the seconds from the end of one to the end of the other."""
+    processor_seconds: float = 0.0
+    """That all its processes took in its turns."""
     _process: subprocess.Popen[bytes] | None = None
     _read: int = 0
 
@@ -110,13 +119,14 @@ class Runner:
 
     def turn(self, seconds: float, steps: int) -> None:
         """Let it run for so many seconds, and so many steps at least; note the turn."""
-        before, begun = len(self.steps()), time.monotonic()
+        before, begun, spent = len(self.steps()), time.monotonic(), self._processor_seconds()
         self.resume()
         while self.poll() or time.monotonic() - begun < seconds or len(self.steps()) < before + steps + 1:
             if time.monotonic() - begun > 40 * seconds + 60:
                 raise Failed(f"{self.spec['entrant']} takes too long for {steps} steps")
             time.sleep(0.02)
         self.pause()
+        self.processor_seconds += self._processor_seconds() - spent
         made = self.steps()[before:]
         self.turns.append((made[0]["step"], made[-1]["step"], made[-1]["time"] - made[0]["time"]))
 
@@ -125,6 +135,9 @@ class Runner:
         assert self._process is not None, "it was started"
         root = psutil.Process(self._process.pid)
         return [root, *root.children(recursive=True)]
+
+    def _processor_seconds(self) -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes())
 
     def pause(self) -> None:
         """Stop all its processes where they are."""
