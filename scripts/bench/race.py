@@ -27,6 +27,9 @@ WARM_UP, SAVE_AT, SAVED_BY = 8, 6, 12
 """Steps before the first turn; of the run that saves a checkpoint: the step it does so at, and its last."""
 
 
+PEAK_LAPS = ("pairs512", "packed512")
+
+
 def heat(lap: dict[str, Any], entrants: list[str], ranks: int, options: argparse.Namespace) -> dict[str, Any]:
     """Figures by entrant of one lap on so many ranks; an entrant that fails is left out, and told."""
     threads = options.threads if ranks == 1 else 1
@@ -38,7 +41,7 @@ def heat(lap: dict[str, Any], entrants: list[str], ranks: int, options: argparse
         spec = make_spec(lap, name, folder / f"{name}_{purpose}", **told, save_at=save_at)
         return Runner(spec, options.python.get(name, sys.executable), list(range(max(ranks, threads))))
 
-    saving = {} if options.rates_only else {name: runner_of(name, "saving", SAVE_AT) for name in entrants}
+    saving = {} if options.rates_only or "matmul" in entrants else {name: runner_of(name, "saving", SAVE_AT) for name in entrants}
     running = {name: runner_of(name, "running") for name in entrants}
     try:
         for name, one in list(saving.items()):  # which also fills the caches of those that have one
@@ -74,7 +77,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     split = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--laps", type=split, default=["pairs256", "packed256"], help=f"of {', '.join(LAPS)}")
+    parser.add_argument("--laps", type=split, default=["pairs256", "packed256"], help=f"of {', '.join(LAPS)}, peak")
     parser.add_argument("--entrants", type=split, default=["shardwright", "hf", "hf_grouped", "bare"])
     parser.add_argument("--ranks", type=split, default=["1", "2"])
     parser.add_argument("--rounds", type=int, default=5)
@@ -101,23 +104,52 @@ def main() -> None:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and what was started is ended
     if options.learn is not None:
-        results = learning.learn(prepare("learn", options.work), options.learn, options)
-        (options.work / "learning.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        (options.work / "learning.md").write_text(learning.report(results, options.learn), encoding="utf-8")
-        learning.draw(results, options.learn, options.work / "learning.png")
-        print(learning.report(results, options.learn))
-        return
-    results = {}
+        learn(options)
+    else:
+        race(options)
+
+
+def learn(options: argparse.Namespace) -> None:
+    """Learning beside one rival: learning.json, learning.md, learning.png."""
+    results = learning.learn(prepare("learn", options.work), options.learn, options)
+    (options.work / "learning.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    report = learning.report(results, options.learn)
+    (options.work / "learning.md").write_text(report, encoding="utf-8")
+    learning.draw(results, options.learn, options.work / "learning.png")
+    print(report)
+
+
+def race(options: argparse.Namespace) -> None:
+    """All heats, and after each of them what is known so far."""
+    results: dict[str, Any] = {}
+    told = ""
     for name in options.laps:
+        if name == "peak":
+            told += peak(options)
+            continue
         lap = prepare(name, options.work)
         for ranks in map(int, options.ranks):
             entrants = [one for one in options.entrants if figures.takes_part(one, lap["kind"])]
-            title = f"{name}, {ranks} rank{'s, ZeRO-2' if ranks > 1 else f', {options.threads} threads'}"
+            title = f"{name}, {'2 ranks, ZeRO-2' if ranks > 1 else f'1 process of {options.threads} threads'}"
             results[title] = heat(lap, entrants, ranks, options)
             print(figures.table({title: results[title]}), flush=True)
             (options.work / "figures.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    (options.work / "table.md").write_text(figures.table(results), encoding="utf-8")
-    figures.draw(results, options.work / "race.png")
+    (options.work / "table.md").write_text(figures.table(results) + told, encoding="utf-8")
+    if results:
+        figures.draw(results, options.work / "race.png")
+
+
+def peak(options: argparse.Namespace) -> str:
+    """A line for each shape of d 512: our share of what bf16 products reach in turns with us."""
+    lines = []
+    for name in PEAK_LAPS:
+        lap = prepare(name, options.work)
+        both = heat(lap, [figures.OURS, "matmul"], 1, options)
+        shares, rate = figures.shares_of_peak(lap, both), both["matmul"]["tokens_per_second"]
+        spread = figures.spread(shares)
+        lines.append(f"{name}, {options.threads} threads: {spread} of the bf16 matrix peak, {rate / 1e9:.0f} GFLOP/s")
+        print(lines[-1], flush=True)
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

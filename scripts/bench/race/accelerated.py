@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from common import Events, factor, rank, read_spec, size_of
-from hf import make_data
+from hf import count_targets, make_data
 
 
 def make_loader(spec: dict[str, Any], model: Any) -> tuple[Any, Any]:
@@ -30,9 +30,9 @@ def make_loader(spec: dict[str, Any], model: Any) -> tuple[Any, Any]:
 def facts_of(batch: Any, kind: str) -> dict[str, Any]:
     """Labels that count, and the padded share of all positions."""
     labels = batch["labels"]
+    targets = count_targets(labels, kind)
     if kind == "packed":
-        return {"target_tokens": labels.shape[0] * (labels.shape[1] - 1), "padding": 0.0}
-    targets = int((labels != -100).sum())
+        return {"target_tokens": targets, "padding": 0.0}
     cells = labels.numel() + batch["input_ids"].numel()
     return {"target_tokens": targets, "padding": 1 - (targets + int(batch["attention_mask"].sum())) / cells}
 

@@ -53,20 +53,16 @@ def batches(spec: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
             yield collate([data[place] for place in order[start + rank() : start + size : ranks]], spec["ids"])
 
 
-def build(spec: dict[str, Any]) -> nn.Module:
-    """The trainer's model of the lap's shape, with its first weights."""
+def shape_of(spec: dict[str, Any]) -> Any:
+    """The trainer's model of the lap's shape."""
     from trainer.models.decoder import Decoder
     from trainer.models.encoder_decoder import EncoderDecoder
 
     same = {"vocab_size": spec["vocab_size"], "max_positions": spec["max_length"], "tie_embeddings": True}
-    model: Any
     if spec["kind"] == "packed":
-        model = Decoder(**same, **spec["model"])
-    else:
-        marian: dict[str, Any] = {"norm_position": "post", "norm_eps": 1e-5, "activation": "silu"}
-        model = EncoderDecoder(**same, **spec["model"], **marian, positions="sinusoidal_halves")
-    model.reset_parameters(torch.Generator().manual_seed(spec["seed"]))
-    return model  # type: ignore[no-any-return]
+        return Decoder(**same, **spec["model"])
+    marian: dict[str, Any] = {"norm_position": "post", "norm_eps": 1e-5, "activation": "silu"}
+    return EncoderDecoder(**same, **spec["model"], **marian, positions="sinusoidal_halves")
 
 
 class Masters:
@@ -106,7 +102,8 @@ def main() -> None:
     if ranks > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(spec["seed"] * 1000 + rank())
-    model = build(spec).train()
+    model = shape_of(spec).train()
+    model.reset_parameters(torch.Generator().manual_seed(spec["seed"]))
     masters = Masters(model, spec["optimizer"])
     forward = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=False) if ranks > 1 else model
     events.write("ready", parameters=sum(parameter.numel() for parameter in model.parameters()))

@@ -75,6 +75,23 @@ def ratios(heat: Mapping[str, Mapping[str, Any]], other: str) -> list[float]:
     return [ours / theirs for ours, theirs in zip(heat[OURS]["rates"], heat[other]["rates"], strict=True)]
 
 
+def shares_of_peak(spec: dict[str, Any], heat: Mapping[str, Mapping[str, Any]]) -> list[float]:
+    """Our model FLOPs a second (`flops_per_sample` of the model; padding is none) over those of `matmul`, round by round."""
+    import torch
+    from race import bare, shardwright
+
+    with torch.device("meta"):
+        model = bare.shape_of(spec)
+    if spec["kind"] == "packed":
+        rows, sides = spec["batch"], {"target_length": spec["max_length"]}
+    else:
+        rows, (source, target) = shardwright.packed_rows({**spec, "ranks": 1})
+        sides = {"source_length": source, "target_length": target}
+    ours = heat[OURS]
+    flops_per_token = rows * model.flops_per_sample(**sides) * (1 - ours["padding"]) / ours["tokens_per_step"]
+    return [flops_per_token * a / b for a, b in zip(ours["rates"], heat["matmul"]["rates"], strict=True)]
+
+
 COLUMNS = (
     *("", "target tokens/s", "ours / theirs", "the same by processor time", "step s", "p95 / median", "padding"),
     *("peak MiB a rank", "first step after s", "checkpoint MiB", "on disk after s", "training waits s"),

@@ -13,7 +13,6 @@ from typing import Any
 
 from common import Events, size_of
 
-PAIRS_PER_ROW = 8
 FULL = 0.96
 """The share of a packed row's positions that pairs fill."""
 
@@ -99,8 +98,7 @@ def _task_and_model(spec: Mapping[str, Any]) -> dict[str, Any]:
             "model.tie_embeddings": "true",
             **shape,
         }
-    rows = max(spec["batch"] // PAIRS_PER_ROW, spec["ranks"])
-    lengths = [max(round(mean * spec["batch"] / rows / FULL), spec["max_length"]) for mean in spec["mean_lengths"]]
+    rows, lengths = packed_rows(spec)
     return {
         "task": "translation",
         "task.source_column": "source",
@@ -118,6 +116,14 @@ def _task_and_model(spec: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def packed_rows(spec: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """Rows a step, which the ranks share, and their source and target positions: as short as the longest text allows, and as many
+    as hold `batch` pairs on average."""
+    ranks, positions = spec["ranks"], [mean * spec["batch"] / FULL for mean in spec["mean_lengths"]]
+    rows = max(int(min(positions) / spec["max_length"]) // ranks * ranks, ranks)
+    return rows, [max(round(side / rows), spec["max_length"]) for side in positions]
+
+
 def _list(values: Any) -> str:
     return f"[{','.join(map(str, values))}]"
 
@@ -132,7 +138,7 @@ def translate_command(spec: Mapping[str, Any]) -> list[str]:
     """As `command`, for `spec["translate"]`."""
     told = spec["translate"]
     words = {"run": "run", "runs_dir": spec["out"], "checkpoint": told["checkpoint"], "input": told["input"]}
-    words |= {"output": told["output"], "beam_size": told["beams"]}
+    words |= {"output": told["output"], "beam_size": told["beams"], "allow_targets": "[shardwright.]"}
     return ["-m", "trainer.generate", *(f"{key}={value}" for key, value in words.items())]
 
 
