@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from common import Events, factor, read_spec, size_of
+from hf import count_targets, make_data
 
 
 def make_module(spec: dict[str, Any], model: torch.nn.Module) -> Any:
@@ -39,7 +40,7 @@ def make_module(spec: dict[str, Any], model: torch.nn.Module) -> Any:
             self.totals = torch.zeros(2, dtype=torch.float64)
 
         def validation_step(self, batch: Any, index: int) -> None:
-            tokens = targets_in(batch, spec["kind"])
+            tokens = count_targets(batch["labels"], spec["kind"])
             self.totals += torch.tensor([float(self.model(**batch).loss) * tokens, tokens], dtype=torch.float64)
 
         def configure_optimizers(self) -> Any:
@@ -57,17 +58,11 @@ def make_module(spec: dict[str, Any], model: torch.nn.Module) -> Any:
     return Module()
 
 
-def targets_in(batch: Any, kind: str) -> int:
-    """Labels of a batch that count in the loss; a decoder predicts each token of a row but the first."""
-    labels: torch.Tensor = batch["labels"]
-    return labels.shape[0] * (labels.shape[1] - 1) if kind == "packed" else int((labels != -100).sum())
-
-
 def padding_of(batch: Any, kind: str) -> float:
     """The padded share of the positions of a batch."""
     if kind == "packed":
         return 0.0
-    filled = targets_in(batch, kind) + int(batch["attention_mask"].sum())
+    filled = count_targets(batch["labels"], kind) + int(batch["attention_mask"].sum())
     return 1 - filled / (batch["labels"].numel() + batch["input_ids"].numel())
 
 
@@ -82,7 +77,7 @@ def make_callback(spec: dict[str, Any], events: Events) -> Any:
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
             step, kind = trainer.global_step, spec["kind"]
-            facts = {"target_tokens": targets_in(batch, kind), "padding": padding_of(batch, kind)}
+            facts = {"target_tokens": count_targets(batch["labels"], kind), "padding": padding_of(batch, kind)}
             events.write("step", step=step, loss=float(outputs["loss"]), **facts)
             every = spec["save_every"]
             if step == spec["save_at"] or (every and step % every == 0):
@@ -141,7 +136,6 @@ def make_trainer(spec: dict[str, Any], callback: Any) -> Any:
 def make_loaders(spec: dict[str, Any], model: torch.nn.Module) -> tuple[Any, Any]:
     """For training and validation; padded to the longest of a batch."""
     import models
-    from hf import make_data
     from transformers import DataCollatorForSeq2Seq, default_data_collator
 
     packed = spec["kind"] == "packed"

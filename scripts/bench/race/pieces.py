@@ -32,7 +32,7 @@ def cut(spec: dict[str, Any]) -> Path:
 
 
 def longer(folder: Path) -> float:
-    """Tokens of the longer side of a pair, the mean of the train split; a source without, a target with both end tokens."""
+    """Tokens of the longer side of a pair (a target with a token more at each end), the mean of the train split."""
     return float(json.loads((folder / "facts.json").read_text(encoding="utf-8"))["longer"])
 
 
