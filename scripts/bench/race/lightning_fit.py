@@ -95,16 +95,18 @@ def make_callback(spec: dict[str, Any], events: Events) -> Any:
     return Told()
 
 
-def on_cpu(ranks: int) -> Any:
+def on_cpu(spec: dict[str, Any]) -> Any:
     """DeepSpeedStrategy, stage 2, that does not ask for CUDA."""
     os.environ["DS_ACCELERATOR"] = "cpu"
+    # what DeepSpeed compiles for a minute at its first use: entrants of another environment would make it do so again
+    os.environ["TORCH_EXTENSIONS_DIR"] = f"{spec['cache']}/lightning_extensions"
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
     class OnCpu(DeepSpeedStrategy):  # type: ignore[misc]
         def setup_environment(self) -> None:
             DDPStrategy.setup_environment(self)  # what DeepSpeedStrategy's goes on to once it has seen CUDA
 
-    return OnCpu(stage=2, parallel_devices=[torch.device("cpu", index) for index in range(ranks)])
+    return OnCpu(stage=2, parallel_devices=[torch.device("cpu", index) for index in range(spec["ranks"])])
 
 
 def make_trainer(spec: dict[str, Any], callback: Any) -> Any:
@@ -112,7 +114,7 @@ def make_trainer(spec: dict[str, Any], callback: Any) -> Any:
     import lightning
     from lightning.pytorch.loggers import CSVLogger
 
-    strategy = on_cpu(spec["ranks"]) if spec["engine"] == "zero2" else "ddp" if spec["ranks"] > 1 else "auto"
+    strategy = on_cpu(spec) if spec["engine"] == "zero2" else "ddp" if spec["ranks"] > 1 else "auto"
     return lightning.Trainer(
         accelerator="cpu",
         devices=spec["ranks"],
