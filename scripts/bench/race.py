@@ -23,7 +23,7 @@ from race import figures, learning  # noqa: E402
 from race.laps import LAPS, prepare  # noqa: E402
 from race.running import Failed, Runner, make_spec  # noqa: E402
 
-WARM_UP, SAVE_AT, SAVED_BY = 8, 6, 12
+WARM_UP, SAVE_AT, SAVED_BY = 6, 4, 8
 """Steps before the first turn; of the run that saves a checkpoint: the step it does so at, and its last."""
 
 
@@ -41,7 +41,11 @@ def heat(lap: dict[str, Any], entrants: list[str], ranks: int, options: argparse
         spec = make_spec(lap, name, folder / f"{name}_{purpose}", **told, save_at=save_at)
         return Runner(spec, options.python.get(name, sys.executable), list(range(max(ranks, threads))))
 
-    saving = {} if options.rates_only or "matmul" in entrants else {name: runner_of(name, "saving", SAVE_AT) for name in entrants}
+    saving = (
+        {}
+        if options.rates_only or "matmul" in entrants
+        else {name: runner_of(name, "saving", SAVE_AT) for name in entrants}
+    )
     running = {name: runner_of(name, "running") for name in entrants}
     try:
         for name, one in list(saving.items()):  # which also fills the caches of those that have one
@@ -89,7 +93,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learn", metavar="RIVAL", help="instead: train beside one other, and compare what was learnt")
     parser.add_argument("--minutes", type=float, default=3.0, help="of --learn: of training for each seed")
     parser.add_argument("--seeds", type=int, default=3, help="of --learn")
-    parser.add_argument("--learn-steps", type=int, default=50, help="of --learn: between two checkpoints and validations")
+    parser.add_argument(
+        "--learn-steps", type=int, default=50, help="of --learn: between two checkpoints and validations"
+    )
     parser.add_argument("--test-samples", type=int, default=400, help="of --learn: sentences to translate")
     parser.add_argument("--beams", type=int, default=4, help="of --learn")
     parser.add_argument("--work", type=Path, default=Path("runs/race"))
@@ -129,7 +135,7 @@ def race(options: argparse.Namespace) -> None:
             continue
         lap = prepare(name, options.work)
         for ranks in map(int, options.ranks):
-            entrants = [one for one in options.entrants if figures.takes_part(one, lap["kind"])]
+            entrants = [one for one in options.entrants if figures.takes_part(one, lap["kind"], ranks)]
             title = f"{name}, {'2 ranks, ZeRO-2' if ranks > 1 else f'1 process of {options.threads} threads'}"
             results[title] = heat(lap, entrants, ranks, options)
             print(figures.table({title: results[title]}), flush=True)

@@ -24,7 +24,7 @@ def learning(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def events_of_a_run() -> list[dict[str, object]]:
-    """Ten steps of a second and 50 tokens; a validation of 5 seconds after every other, a checkpoint after steps 4 and 8."""
+    """Ten steps of a second and 50 tokens; 5 seconds of validation after every other, checkpoints after 4 and 8."""
     events: list[dict[str, object]] = [{"event": "start", "time": 90.0}]
     now = 99.0
     for step in range(1, 11):
@@ -58,8 +58,8 @@ def test_rows_hold_the_pairs_of_the_others(learning: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_a_short_race_writes_a_table_and_a_picture(tmp_path: Path) -> None:
-    words = "--laps tiny --entrants shardwright,bare,hf --ranks 1 --rounds 2 --seconds 0.3 --steps 2".split()
-    command = [sys.executable, str(BENCH / "race.py"), *words, "--work", str(tmp_path)]
+    told = ["--laps", "tiny", "--entrants", "shardwright,bare,hf", "--ranks", "1", "--work", str(tmp_path)]
+    command = [sys.executable, str(BENCH / "race.py"), *told, "--rounds", "2", "--seconds", "0.3", "--steps", "2"]
     done = subprocess.run(command, text=True, capture_output=True, timeout=280)
     assert done.returncode == 0 and not done.stderr, done.stderr
     (heat,) = json.loads((tmp_path / "figures.json").read_text()).values()

@@ -1,6 +1,6 @@
-"""Entrant accelerate: a loop by transformers' model and accelerate, as the examples run_translation_no_trainer.py and run_clm_no_trainer.py
-have it: mixed_precision="bf16" on one process; on two ranks DeepSpeedPlugin(zero_stage=2), as accelerate's guide to DeepSpeed
-recommends."""
+"""Entrant accelerate: a loop by transformers' model and accelerate, as the examples run_translation_no_trainer.py and
+run_clm_no_trainer.py have it: mixed_precision="bf16" on one process; on two ranks DeepSpeedPlugin(zero_stage=2), as
+accelerate's guide to DeepSpeed recommends."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Entrant bare: a loop that a careful user writes by hand around the trainer's own model: random batches padded to their longest, bf16
-parameters with fp32 masters, PyTorch's fused AdamW, gradients divided by the tokens of the global batch and clipped. Two ranks:
-DistributedDataParallel."""
+"""Entrant bare: a loop that a careful user writes by hand around the trainer's own model: random batches padded to
+their longest, bf16 parameters with fp32 masters, PyTorch's fused AdamW, gradients divided by the tokens of the global
+batch and clipped. Two ranks: DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_data(spec: dict[str, Any]) -> list[dict[str, Tensor]]:
 
 
 def collate(samples: list[dict[str, Tensor]], ids: dict[str, int]) -> dict[str, Tensor]:
-    """What the model takes: for pairs source_ids, source_mask, decoder_input_ids, for rows input_ids; and labels [B,T]."""
+    """What the model takes: source_ids, source_mask, decoder_input_ids, or input_ids for rows; and labels [B,T]."""
     if "text" in samples[0]:
         rows = torch.stack([sample["text"] for sample in samples])
         return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}

@@ -1,40 +1,42 @@
 """What entrants of the race share: the lap they are told to run, and the events they write while they run it.
 
-An entrant is a program `ENTRANT.py SPEC.json` (or, on two ranks, the same under torchrun) that trains until it is ended and writes
-OUT/events_RANK.jsonl. It runs by its own Python, so nothing of ours is imported here: standard library, torch and tokenizers alone.
+An entrant is a program `ENTRANT.py SPEC.json` (or, on two ranks, the same under torchrun) that trains until it is ended
+and writes OUT/events_RANK.jsonl. It runs by its own Python, so nothing of ours is imported here: standard library,
+torch and tokenizers alone.
 
 SPEC.json
     entrant, lap                 names; kind: "pairs" or "packed"
     ranks, threads               processes, and threads of each
-    engine                       "plain" or "zero2" (two ranks: ZeRO-2 where the entrant has it, else its own data parallelism)
+    engine                       "plain" or "zero2" (ZeRO-2 where the entrant has it, else its own data parallelism)
     seed, precision              "bf16"
     steps                        far more than will be made
     batch                        pairs a global step on average, or rows of `max_length` tokens (packed)
-    max_length                   tokens of a source, a target (end token included) or a row; no text of the data is longer
+    max_length                   tokens of a source, a target (end token included) or a row; no pair has a longer side
     mean_lengths                 of the train split: [source, target] tokens with the end token
     data                         {"train", "validation"}: JSON lines with "source" and "target", or "text"
     validation_samples           the first so many of the validation split are what is validated on
     tokenizer, vocab_size, ids   tokenizer.json for all; {"pad", "bos", "eos"}; a target begins with bos
-    model                        d_model, num_heads, d_ff, dropout, and encoder_layers, decoder_layers (post-norm, silu, sinusoidal
-                                 positions, tied embeddings: Marian) or num_layers (Llama, tied embeddings)
+    model                        d_model, num_heads, d_ff, dropout, and encoder_layers, decoder_layers (post-norm, silu,
+                                 sinusoidal positions, tied embeddings: Marian) or num_layers (Llama, tied embeddings)
     parameters                   trained ones that this shape has
-    optimizer                    AdamW: lr, betas, eps, weight_decay, clip_norm; warmup steps, then lr x sqrt(warmup / step)
+    optimizer                    AdamW: lr, betas, eps, weight_decay, clip_norm; warmup: steps, then lr x
+                                 sqrt(warmup / step)
     save_at, save_every          a step, steps; null, 0: never
     validate_every               steps; 0: never
     out                          folder for everything the entrant writes; cache: folder it may keep between runs
 
-To translate, the same program is called in one process with "translate": {"checkpoint", "input", "output", "beams"} added: one text a
-line, in and out; at most twice as many tokens as the longest source of a batch.
+To translate, the same program is called in one process with "translate": {"checkpoint", "input", "output", "beams"}
+added: one text a line, in and out; at most twice as many tokens as the longest source of a batch.
 
 Events, one JSON object a line, "time" in seconds since 1970:
     {"event": "start", "pid"}                                when main begins
     {"event": "ready", "parameters"}                         all is built
     {"event": "step", "step", "target_tokens", "loss", "padding"}
-        labels that count in the loss (of this rank's share; of all ranks if "global" is true), mean loss in nats where it is at hand (never
-        synchronise for it), padded share of all positions (source and target) where it is known
+        labels that count in the loss, of this rank's share; mean loss in nats where it is at hand (never synchronise
+        for it); padded share of all positions (source and target) where it is known
     {"event": "validating", "step"} {"event": "validated", "step", "loss"}    nats a target token, no smoothing
-    {"event": "saved", "step", "path", "bytes"}              a checkpoint from which training can go on, or, with save_every, one to translate
-                                                             with, is on the disk
+    {"event": "saved", "step", "path", "bytes"}              a checkpoint is on the disk from which training can go on
+                                                             or, with save_every, one to translate with
 """
 
 from __future__ import annotations

@@ -12,15 +12,18 @@ from race.running import Runner
 
 OURS = "shardwright"
 PAIRS_ONLY = ("hf_grouped", "joeynmt", "eole")
-"""Entrants that packed rows say nothing about."""
+"""Entrants that packed rows say nothing about: they group pairs by length, or translate and do nothing else."""
+
+ONE_RANK_ONLY = ("joeynmt", "eole")
+"""Entrants that have no data parallelism on a CPU."""
 
 Heats = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """By title of the heat and entrant."""
 
 
-def takes_part(entrant: str, kind: str) -> bool:
-    """Whether the entrant has anything to show in laps of this kind."""
-    return kind == "pairs" or entrant not in PAIRS_ONLY
+def takes_part(entrant: str, kind: str, ranks: int) -> bool:
+    """Whether the entrant has anything to show in laps of this kind on so many ranks."""
+    return (kind == "pairs" or entrant not in PAIRS_ONLY) and (ranks == 1 or entrant not in ONE_RANK_ONLY)
 
 
 def of_turns(runner: Runner, memory: int) -> dict[str, Any]:
@@ -50,13 +53,14 @@ def of_turns(runner: Runner, memory: int) -> dict[str, Any]:
         "padding": statistics.mean(padding) if padding else None,
         "memory_bytes": memory,
         "start_seconds": min(time_of.values()) - runner.launched,
-        "parameters": ready.get("parameters"),
+        "parameters_more": ready.get("parameters", runner.spec["parameters"]) - runner.spec["parameters"],
     }
 
 
 def of_saving(runner: Runner) -> dict[str, Any]:
-    """Of a run that saves once: bytes of the checkpoint, seconds from the end of its step until it was on the disk, and seconds
-    that training stood still: ours goes on while a thread writes, so how much longer the next step took than the median one."""
+    """Of a run that saves once: bytes of the checkpoint, seconds from the end of its step until it was on the disk, and
+    seconds that training stood still: ours goes on while a thread writes, so how much longer the next step took than
+    the median one."""
     events = runner.everything()[0]
     saved = next((event for event in events if event["event"] == "saved"), None)
     if saved is None:
@@ -76,8 +80,9 @@ def ratios(heat: Mapping[str, Mapping[str, Any]], other: str) -> list[float]:
 
 
 def shares_of_peak(spec: dict[str, Any], heat: Mapping[str, Mapping[str, Any]]) -> list[float]:
-    """Our model FLOPs a second (`flops_per_sample` of the model; padding is none) over those of `matmul`, round by round."""
+    """Our model FLOPs a second (the model's `flops_per_sample`; padding is none) over those of `matmul`, by rounds."""
     import torch
+
     from race import bare, shardwright
 
     with torch.device("meta"):
@@ -104,6 +109,8 @@ def table(heats: Heats) -> str:
     for title, heat in heats.items():
         lines += [f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join(_cells(name, heat))} |" for name in heat]
+        others = [f"{name} {one['parameters_more']:+,}" for name, one in heat.items() if one["parameters_more"]]
+        lines += ["", f"Parameters, beside those of the lap: {', '.join(others)}."] if others else []
         lines.append("")
     return "\n".join(lines)
 

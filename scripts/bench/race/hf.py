@@ -1,7 +1,7 @@
-"""Entrants hf and hf_grouped: transformers' Seq2SeqTrainer (pairs) and Trainer (packed), as its examples run_translation.py and run_clm.py use
-them: data encoded by datasets.map (kept on the disk between runs), padded to the longest of a batch, bf16=True, use_cpu=True, the default
-optimizer (adamw_torch_fused). hf_grouped adds train_sampling_strategy="group_by_length". ZeRO-2: `deepspeed` with the "auto" settings of its
-documentation."""
+"""Entrants hf and hf_grouped: transformers' Seq2SeqTrainer (pairs) and Trainer (packed), as its examples
+run_translation.py and run_clm.py use them: data encoded before (and kept on the disk between runs), padded to the
+longest of a batch, bf16=True, use_cpu=True, the default optimizer (adamw_torch_fused). hf_grouped adds
+train_sampling_strategy="group_by_length". ZeRO-2: `deepspeed` with the settings of its documentation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_data(spec: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def count_targets(labels: Any, kind: str) -> int:
-    """Labels [B,T] that count: a decoder predicts each token of a row from those before it, so the first is no target."""
+    """Labels [B,T] that count: a decoder predicts each token of a row from those before, so the first is no target."""
     return labels.shape[0] * (labels.shape[1] - 1) if kind == "packed" else int((labels != -100).sum())
 
 
@@ -137,7 +137,8 @@ def make_callback(spec: dict[str, Any], events: Events, counting: Counting) -> A
 
 
 def scored(trainer_class: Any, events: Events, counting: Counting) -> Any:
-    """The trainer with an evaluation of its own, for its loss is a mean of the means of batches, and the race wants that of the tokens."""
+    """The trainer with another evaluation, for its loss is a mean of the means of batches, and the race wants that of
+    the tokens."""
     import torch
 
     class Scored(trainer_class):  # type: ignore[misc]

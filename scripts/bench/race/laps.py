@@ -48,7 +48,8 @@ LAPS: dict[str, dict[str, Any]] = {
     "learn": _pairs(128, 2, 3000, source="homeassistant_en_de", max_length=64, optimizer={**OPTIMIZER, "lr": 2e-3}),
     "tiny": _pairs(32, 1, 1000, source="homeassistant_en_de", batch=16, max_length=48),
 }
-"""By name: the shape, and where the text comes from: a folder made by scripts/data/parallel.py, or a corpus that comes with the package."""
+"""By name: the shape, and where the text comes from: a folder made by scripts/data/parallel.py, or a corpus that comes
+with the package."""
 
 
 def prepare(name: str, work: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""The race in learning: two entrants train the same model at the same time, each bound to a core of its own, with several seeds, the cores
-exchanged from seed to seed. What counts is how soon the validation loss is reached, and how well the models translate."""
+"""The race in learning: two entrants train the same model at the same time, each bound to a core of its own, with
+several seeds, the cores exchanged from seed to seed. What counts is how soon the validation loss is reached, and how
+well the models translate."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ CORES = (0, 1)
 
 
 class Course:
-    """How a run went: `steps`, and at each of them the seconds of training since the first step (validation left out) and the
-    target tokens so far; `losses`: (seconds, loss) of each validation; `saved`: (step, checkpoint)."""
+    """How a run went: `steps`, and at each of them the seconds of training since the first step (validation left out)
+    and the target tokens so far; `losses`: (seconds, loss) of each validation; `saved`: (step, checkpoint)."""
 
     def __init__(self, ranks: Sequence[Sequence[Mapping[str, Any]]]) -> None:
         tokens: dict[int, int] = defaultdict(int)
@@ -34,11 +35,11 @@ class Course:
         self.tokens: list[int] = []
         self.losses: list[tuple[float, float]] = []
         self.saved: list[tuple[int, str]] = []
-        elsewhere, before = 0.0, 0.0
+        begun, elsewhere, before = 0.0, 0.0, 0.0
         for event in sorted(ranks[0], key=lambda event: event["time"]):
             if event["event"] == "step":
                 self.steps.append(event["step"])
-                begun = event["time"] if not self.seconds else begun
+                begun = begun or event["time"]
                 self.seconds.append(event["time"] - begun - elsewhere)
                 self.tokens.append(tokens[event["step"]] + (self.tokens[-1] if self.tokens else 0))
             elif event["event"] == "validated" and self.seconds:
@@ -164,7 +165,9 @@ def report(results: Sequence[Mapping[str, Any]], rival: str) -> str:
     reached = [one["seconds_to_loss"] for one in results if None not in one["seconds_to_loss"].values()]
     if reached:
         lines += ["", f"Seconds to the loss, {rival} / ours: {spread([to[rival] / to[OURS] for to in reached])}"]
-    gains = {key: [one["bleu"][key] - one["bleu"]["rival"] for one in results] for key in ("same_seconds", "same_tokens")}
+    gains = {
+        key: [one["bleu"][key] - one["bleu"]["rival"] for one in results] for key in ("same_seconds", "same_tokens")
+    }
     lines.append(f"BLEU above {rival}'s: after the same seconds {spread(gains['same_seconds'])},")
     lines.append(f"after the same tokens {spread(gains['same_tokens'])}; median of seeds and range.")
     mean = statistics.mean(one["bleu"]["rival"] for one in results)

@@ -1,5 +1,5 @@
-"""Not an entrant but the measure of the lap "peak": products of bf16 matrices and nothing else, as fast as this machine makes them. A step
-is four products [2048, 2048] x [2048, 2048]; its "target_tokens" are floating point operations."""
+"""Not an entrant but the measure of the lap "peak": products of bf16 matrices and nothing else, as fast as this machine
+makes them. A step is four products [2048, 2048] x [2048, 2048]; its "target_tokens" are floating point operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The laps' shapes as transformers builds them: Marian's encoder-decoder, Llama's decoder. For entrants whose users take models from there."""
+"""The laps' shapes as transformers builds them, for entrants whose users take models from there: Marian's
+encoder-decoder, Llama's decoder."""
 
 from __future__ import annotations
 

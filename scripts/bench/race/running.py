@@ -1,7 +1,7 @@
 """Entrants as processes that can be let run and stopped in turns.
 
-All entrants of a heat are started once; then each in turn runs for some seconds while the others are stopped (SIGSTOP), so that the turns
-to be compared lie seconds apart, however long a start takes, and see the same noise of the machine.
+All entrants of a heat are started once; then each in turn runs for some seconds while the others are stopped (SIGSTOP),
+so that the turns to be compared lie seconds apart, however long a start takes, and see the same noise of the machine.
 """
 
 from __future__ import annotations

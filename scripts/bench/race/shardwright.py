@@ -1,6 +1,6 @@
 """Entrant shardwright: the command that a user gives, and an observer (a sink) that writes the events.
 
-Its settings are those that docs/data.md and docs/performance.md recommend: packed rows, about as many pairs a step as the others have."""
+Its settings are those that docs/data.md recommends: packed rows, as many pairs a step on average as the others have."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Observer:
     def log(self, info: Any) -> None:
         """After a step."""
         facts = {"target_tokens": info.target_tokens, "loss": info.loss, "padding": info.padding_fraction}
-        self._events.write("step", step=info.step, **facts, **{"global": True, "samples": info.samples})
+        self._events.write("step", step=info.step, **facts, samples=info.samples)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """After an evaluation."""
@@ -117,8 +117,8 @@ def _task_and_model(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def packed_rows(spec: Mapping[str, Any]) -> tuple[int, list[int]]:
-    """Rows a step, which the ranks share, and their source and target positions: as short as the longest text allows, and as many
-    as hold `batch` pairs on average."""
+    """Rows a step, which the ranks share, and their source and target positions: as short as the longest text allows,
+    and as many as hold `batch` pairs on average."""
     ranks, positions = spec["ranks"], [mean * spec["batch"] / FULL for mean in spec["mean_lengths"]]
     rows = max(int(min(positions) / spec["max_length"]) // ranks * ranks, ranks)
     return rows, [max(round(side / rows), spec["max_length"]) for side in positions]
