@@ -3,8 +3,9 @@
     python scripts/bench/race.py [--laps pairs256,packed256] [--entrants shardwright,hf,hf_grouped] [--ranks 1,2]
         [--rounds 5] [--seconds 5] [--threads 1] [--python lightning=PATH ...] [--work runs/race]
 
-Laps and their shapes: scripts/bench/race/laps.py. Writes figures.json, table.md and race.png into the work folder.
-docs/race.md tells the method and every entrant's settings.
+Laps and their shapes: scripts/bench/race/laps.py. Writes figures.json, table.md and race.png into the work folder,
+where the heats of several calls come together; the lap "peak" writes peak.md. docs/race.md tells the method and every
+entrant's settings.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WARM_UP, SAVE_AT, SAVED_BY = 6, 4, 8
 """Steps before the first turn; of the run that saves a checkpoint: the step it does so at, and its last."""
 
 
-PEAK_LAPS = ("pairs512", "packed512")
+PEAK_LAPS = ("pairs512", "packed512", "packed1024")
 
 
 def heat(lap: dict[str, Any], entrants: list[str], ranks: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -126,36 +127,36 @@ def learn(options: argparse.Namespace) -> None:
 
 
 def race(options: argparse.Namespace) -> None:
-    """All heats, and after each of them what is known so far."""
-    results: dict[str, Any] = {}
-    told = ""
+    """All heats; the files tell those of earlier calls too, but a heat that was run again only as it is now."""
+    path = options.work / "figures.json"
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in options.laps:
         if name == "peak":
-            told += peak(options)
+            peak(options)
             continue
         lap = prepare(name, options.work)
         for ranks in map(int, options.ranks):
             entrants = [one for one in options.entrants if figures.takes_part(one, lap["kind"], ranks)]
-            title = f"{name}, {'2 ranks, ZeRO-2' if ranks > 1 else f'1 process of {options.threads} threads'}"
+            alone = f"1 process, {options.threads} thread{'s' * (options.threads > 1)}"
+            title = f"{name}, {f'{ranks} ranks, ZeRO-2' if ranks > 1 else alone}"
             results[title] = heat(lap, entrants, ranks, options)
             print(figures.table({title: results[title]}), flush=True)
-            (options.work / "figures.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    (options.work / "table.md").write_text(figures.table(results) + told, encoding="utf-8")
-    if results:
-        figures.draw(results, options.work / "race.png")
+            path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            (options.work / "table.md").write_text(figures.table(results), encoding="utf-8")
+            figures.draw(results, options.work / "race.png")
 
 
-def peak(options: argparse.Namespace) -> str:
-    """A line for each shape of d 512: our share of what bf16 products reach in turns with us."""
+def peak(options: argparse.Namespace) -> None:
+    """A line for each shape of d >= 512: our share of what bf16 products reach in turns with us."""
     lines = []
     for name in PEAK_LAPS:
         lap = prepare(name, options.work)
         both = heat(lap, [figures.OURS, "matmul"], 1, options)
         shares, rate = figures.shares_of_peak(lap, both), both["matmul"]["tokens_per_second"]
         spread = figures.spread(shares)
-        lines.append(f"{name}, {options.threads} threads: {spread} of the bf16 matrix peak, {rate / 1e9:.0f} GFLOP/s")
-        print(lines[-1], flush=True)
-    return "\n".join([*lines, ""])
+        lines.append(f"{name}, {options.threads} threads: {spread} of the bf16 matrix peak, {rate / 1e9:.0f} GFLOP/s\n")
+        print(lines[-1], end="", flush=True)
+    (options.work / "peak.md").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -57,10 +57,11 @@ def test_rows_hold_the_pairs_of_the_others(learning: ModuleType) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_short_race_writes_a_table_and_a_picture(tmp_path: Path) -> None:
     told = ["--laps", "tiny", "--entrants", "shardwright,bare,hf", "--ranks", "1", "--work", str(tmp_path)]
     command = [sys.executable, str(BENCH / "race.py"), *told, "--rounds", "2", "--seconds", "0.3", "--steps", "2"]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=280)
+    done = subprocess.run(command, text=True, capture_output=True, timeout=850)
     assert done.returncode == 0 and not done.stderr, done.stderr
     (heat,) = json.loads((tmp_path / "figures.json").read_text()).values()
     assert list(heat) == ["shardwright", "bare", "hf"]

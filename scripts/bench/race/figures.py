@@ -144,10 +144,13 @@ def draw(heats: Heats, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        1, len(heats), figsize=(3.2 * len(heats) + 1, 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, (title, heat) in zip(axes[0], heats.items(), strict=True):
+    columns = min(len(heats), 3)
+    rows = -(-len(heats) // columns)
+    size = (3.6 * columns + 1, 2.6 * rows + 0.4)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(heats) :]:
+        axis.set_axis_off()
+    for axis, (title, heat) in zip(axes.flat, heats.items(), strict=False):
         middles = [one["tokens_per_second"] for one in heat.values()]
         spans = [[m - min(o["rates"]) for m, o in zip(middles, heat.values(), strict=True)]]
         spans += [[max(o["rates"]) - m for m, o in zip(middles, heat.values(), strict=True)]]

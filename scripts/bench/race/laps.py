@@ -45,6 +45,7 @@ LAPS: dict[str, dict[str, Any]] = {
     "packed256": _packed(256, 4, 4096),
     "packed256_32k": _packed(256, 4, 32000),
     "packed512": _packed(512, 4, 4096),
+    "packed1024": _packed(1024, 4, 4096, batch=8),
     "learn": _pairs(128, 2, 3000, source="homeassistant_en_de", max_length=64, optimizer={**OPTIMIZER, "lr": 2e-3}),
     "tiny": _pairs(32, 1, 1000, source="homeassistant_en_de", batch=16, max_length=48),
 }

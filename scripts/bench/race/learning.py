@@ -10,7 +10,6 @@ import shutil
 import statistics
 import sys
 import time
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +46,8 @@ class Course:
                 self.losses.append((self.seconds[-1], event["loss"]))
             elif event["event"] == "saved":
                 self.saved.append((event["step"], event["path"]))
-            before = event["time"]
+            if event["event"] in ("step", "validating"):
+                before = event["time"]
         self.saved = [(step, path) for step, path in self.saved if step in self.steps]
 
     def at(self, step: int) -> tuple[float, int]:
@@ -62,16 +62,12 @@ class Course:
 
     def seconds_to(self, loss: float) -> float | None:
         """When the validation loss first fell to `loss`, on the straight line between two validations; None: never."""
+        if self.losses and self.losses[0][1] <= loss:
+            return self.losses[0][0]
         for (early, high), (late, low) in zip(self.losses, self.losses[1:], strict=False):
             if low <= loss:
-                share = 0.0 if high <= loss else (high - loss) / (high - low)
-                return early + share * (late - early)
+                return early + (high - loss) / (high - low) * (late - early)
         return None
-
-    def loss_at(self, seconds: float) -> float:
-        """That of the last validation until then."""
-        place = bisect_right([when for when, _ in self.losses], seconds)
-        return self.losses[max(place - 1, 0)][1]
 
 
 def learn(lap: dict[str, Any], rival: str, options: argparse.Namespace) -> list[dict[str, Any]]:

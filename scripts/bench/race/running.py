@@ -38,11 +38,11 @@ class Failed(Exception):
 
 @dataclass
 class Runner:
-    """One entrant's run of one lap. `cpus`: cores that it is bound to; None: all."""
+    """One entrant's run of one lap. `cpus`: cores that it is bound to."""
 
     spec: dict[str, Any]
     python: str = sys.executable
-    cpus: Sequence[int] | None = None
+    cpus: Sequence[int] = (0,)
     launched: float = 0.0
     events: list[dict[str, Any]] = field(default_factory=list)
     turns: list[tuple[int, int, float]] = field(default_factory=list)
@@ -81,10 +81,7 @@ class Runner:
         environment = {**os.environ, **given}
         if self.spec["entrant"] in ("shardwright", "bare"):
             environment |= shardwright.environment()
-        if self.cpus is not None:
-            words = [sys.executable, "-c", _BOUND, ",".join(map(str, self.cpus)), self.python, *words]
-        else:
-            words = [self.python, *words]
+        words = [sys.executable, "-c", _BOUND, ",".join(map(str, self.cpus)), self.python, *words]
         with (self.out / log).open("wb") as file:
             return subprocess.Popen(
                 words, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -181,10 +178,14 @@ class Runner:
             raise Failed(f"{spec['entrant']} did not translate: {(self.out / 'translate.txt').read_text()[-1500:]}")
 
 
-_BOUND = (
-    "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); os.execv(sys.argv[2], sys.argv[2:])"
-)
-"""Bind to cores, then become the program."""
+_BOUND = """
+import ctypes, os, sys
+there = os.sched_getaffinity(0)
+os.sched_setaffinity(0, there & {*map(int, sys.argv[1].split(","))} or there)
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: do not outlive the driver
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Bind to those of the cores that there are, then become the program."""
 
 
 def _peak(pid: int) -> int:
