@@ -62,7 +62,7 @@ SECTIONS: dict[str, Sequence[Chart]] = {
     ),
     "Events": (Chart("steps without an update, so far", ("skipped_steps",)),),
 }
-"""By the names of `trainer.metrics.StepInfo` and of evaluations; what is logged of events is the run's `last_event`."""
+"""By the names of `trainer.metrics.StepInfo` and of evaluations."""
 
 OBJECTIVE = "eval/loss"
 """What a sweep is judged by."""
@@ -98,6 +98,7 @@ def make_workspace(options: DashboardOptions) -> Workspace:
         return panels.LinePlot(title=chart.title, x="step", log_y=chart.log_y or None, **curves)
 
     texts = [panels.WeavePanelSummaryTable(table_name="generations")]
+    tables = {"Events": [panels.WeavePanelSummaryTable(table_name="events")]}
     axes = [
         panels.ParallelCoordinatesPlotColumn(metric=panels.Config(key), log=key.endswith(".lr") or None)
         for key in options.axes
@@ -111,7 +112,7 @@ def make_workspace(options: DashboardOptions) -> Workspace:
     ]
     sections = [
         *(
-            workspaces.Section(name=name, is_open=True, panels=list(map(drawn, charts)))
+            workspaces.Section(name=name, is_open=True, panels=[*map(drawn, charts), *tables.get(name, ())])
             for name, charts in SECTIONS.items()
         ),
         workspaces.Section(name="Texts", is_open=True, panels=texts),

@@ -77,8 +77,11 @@ def test_an_offline_run_holds_config_steps_evaluations_and_samples(
     sinks.log(make_step(1))
     sinks.log_evaluation(2, {"eval/loss": 1.5})
     sinks.log_evaluation(2, {"split": "test", "eval/loss": 1.75})
+    sinks.event(2, "went back to step 0")
     sinks.close("finished")
     assert reports == []
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/events_*.table.json")
+    assert json.loads(table.read_text())["data"] == [[2, "went back to step 0"]]
 
     (records,) = offline_records(tmp_path)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
@@ -87,7 +90,9 @@ def test_an_offline_run_holds_config_steps_evaluations_and_samples(
     assert config["plan"] == {"world_size": 2}
     assert (run.project, run.display_name) == ("p", "trial")
 
-    training, validation, test, texts = sorted(rows(records), key=lambda row: "generations/nrows" in row)
+    training, validation, test, *tables = sorted(rows(records), key=lambda row: any("nrows" in name for name in row))
+    texts, events = sorted(tables, key=lambda row: "events/nrows" in row)
+    assert (events["step"], events["events/nrows"]) == (2, 1)
     assert (training["step"], training["loss"], training["tokens_per_second"]) == (1, 2.5, 12345.6)
     assert "mfu" not in training
     assert (validation["step"], validation["eval/loss"]) == (2, 1.5)

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -187,9 +187,13 @@ def generations_table(path: Path) -> Table:
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in islice(file, _TABLE_ROWS)]
     columns = ("source", "reference", "hypothesis")
-    values = [[row[column] for column in columns] for row in rows]
-    table: Table = _library().Table(columns=list(columns), data=values)
-    return table
+    return table(columns, [[row[column] for column in columns] for row in rows])
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """Of plain values."""
+    made: Table = _library().Table(columns=list(columns), data=[list(row) for row in rows])
+    return made
 
 
 def artifact(name: str, kind: str, metadata: Mapping[str, Any]) -> Artifact:

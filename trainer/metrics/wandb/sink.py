@@ -85,6 +85,7 @@ class WandbSink:
         self._artifacts, self._kinds, self._alert_seconds = artifacts, tuple(alerts), alert_seconds
         self._stall_seconds, self._stop_tag, self._poll_seconds = stall_seconds, stop_tag, poll_seconds
         self._run: Run | None = None
+        self._events: list[tuple[int, str]] = []
 
     def open(self, run: RunInfo) -> None:
         """See the contract. Raises SetupError if `wandb` is not installed."""
@@ -134,11 +135,15 @@ class WandbSink:
             name.replace("eval/", f"{split}/", 1): value for name, value in metrics.items() if name != "split"
         }
         self._log(step, lambda: row)
-        self._files_lane.do(lambda: self._log_table(step, str(split)))
+        suffix = "" if split in ("eval", "validation") else f".{split}"
+        path = self._directory / "generations" / f"step_{step:08d}{suffix}.jsonl"
+        if path.is_file():
+            self._files_lane.do(lambda: self._log_table(step, f"generations{suffix}", client.generations_table(path)))
 
     def event(self, step: int, message: str) -> None:
-        """See the contract: kept as the run's summary field `last_event`."""
+        """See the contract: kept as the run's summary field `last_event`, and when the run closes as a table of all."""
         if (run := self._run) is not None:
+            self._events.append((step, message))
             self._rows_lane.do(lambda: run.summary.update({"last_event": f"step {step}: {message}"}))
 
     def alarm(self, step: int, message: str) -> None:
@@ -156,6 +161,9 @@ class WandbSink:
         """See the contract. Raises TimeoutError, with the way to finish it, where the last upload takes too long."""
         if self._run is None:
             return
+        if self._events:
+            last_step, events = self._events[-1][0], client.table(("step", "event"), self._events)
+            self._files_lane.do(lambda: self._log_table(last_step, "events", events))
         self._over.set()
         kind = "failure" if status == "failed" else "finish"
         self._alerts.tell(kind, f"{self._name}: {status}; {read_reason(self._directory)}")
@@ -205,16 +213,12 @@ class WandbSink:
             number = self._rows.take(step, late)
             self._rows_lane.do(lambda: run.log(dict(row()), step=number, commit=True))
 
-    def _log_table(self, step: int, split: str) -> None:
-        """In the thread of files: the texts of an evaluation as a row of their own. W&B asks the server before it takes
-        a table, which would hold up the rows behind it while there is no answer."""
-        suffix = "" if split in ("eval", "validation") else f".{split}"
-        path = self._directory / "generations" / f"step_{step:08d}{suffix}.jsonl"
-        if not path.is_file():
-            return
+    def _log_table(self, step: int, name: str, table: Any) -> None:
+        """In the thread of files: as a row of its own. W&B asks the server before it takes a table, which would hold up
+        the rows behind it while there is no answer."""
         while self._online and not self._answers() and not self._over.wait(_LOOK_SECONDS):
             pass
-        self._log(step, lambda: {"step": step, f"generations{suffix}": client.generations_table(path)}, late=True)
+        self._log(step, lambda: {"step": step, name: table}, late=True)
 
     def _answers(self) -> bool:
         try:
