@@ -131,6 +131,7 @@ def measure(words: Sequence[str], pairs: int) -> list[float]:
         "eval.every=0",
         "checkpoint.every=0",
         "log.every=1",
+        "log.norms=none",  # by default of every tenth step alone
         "steps=1000000",
     )
     steps = 2 * (WARM_UP + pairs)
