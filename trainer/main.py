@@ -27,7 +27,7 @@ from trainer.evaluate import Evaluation, evaluate
 from trainer.expectation import Expectation, expect, figures
 from trainer.guards import watchdog
 from trainer.guards.signals import StopRequest, listening
-from trainer.host import allow_many_files, keep_freed_memory, return_freed_memory
+from trainer.host import allow_many_files, build_beside_the_heap, keep_freed_memory, return_freed_memory
 from trainer.initial import fill_frozen, initialise
 from trainer.logs import run_log
 from trainer.loop import Outcome, Training, blank_of, fit, memory_bytes
@@ -56,7 +56,7 @@ def run(config: Config, overrides: Sequence[str]) -> int:
         print(dry_run(config, None if expected is None else expected.told))
         return 0
     allow_many_files()
-    keep_freed_memory()
+    build_beside_the_heap()
     timeout_seconds = watchdog.collective_seconds(config.guard)
     with (
         watchdog.watching(config.guard),
@@ -130,7 +130,6 @@ def assemble(
     distributed.on_rank_zero(lambda: directory.claim(config, overrides, planned, ds_config, tokenizer))
     log_to(directory.log(distributed.rank()))
     engine = make_engine(config, plan, build_model, layout)
-    return_freed_memory()
     state, lanes = TrainState(), {}
     if checkpoint is None:
         initialise(engine, build_model, config.seed, weights)
@@ -141,6 +140,8 @@ def assemble(
         distributed.on_rank_zero(lambda: set_aside(directory.checkpoints, state.step))
     if frozen and weights is not None:
         fill_frozen(engine, weights)
+    return_freed_memory()
+    keep_freed_memory()
 
     sinks = SafeSinks([])
     if distributed.rank() == 0:

@@ -63,7 +63,7 @@ def train(config: Any, steps: int) -> Any:
     from trainer import distributed
     from trainer.build import build
     from trainer.estimate import sequence_lengths
-    from trainer.host import return_freed_memory
+    from trainer.host import build_beside_the_heap, keep_freed_memory, return_freed_memory
     from trainer.initial import initialise
     from trainer.parallel.layout import make_layout
     from trainer.parts import make_engine
@@ -74,10 +74,12 @@ def train(config: Any, steps: int) -> Any:
         def loss(self, model: Any, batch: Any) -> Any:
             return token_loss(model, batch)
 
+    build_beside_the_heap()  # here and below as `trainer.main` does
     plan, build_model = make_plan(config, distributed.world_size()), partial(build, config.model, "model")
     engine = make_engine(config, plan, build_model, make_layout(1, 1))
     initialise(engine, build_model, seed=0)
     return_freed_memory()
+    keep_freed_memory()
     lengths, vocabulary = sequence_lengths(config), config.model["vocab_size"]
     random = torch.Generator().manual_seed(distributed.rank())
 
@@ -104,18 +106,16 @@ def run_child(model: str, words: list[str]) -> None:
     from sharding import counting, forget_peak, resident_bytes
 
     from trainer import distributed
-    from trainer.host import keep_freed_memory, return_freed_memory
+    from trainer.host import return_freed_memory
 
     torch.set_num_threads(1)
     with distributed.process_group(True):
-        keep_freed_memory()
         ranks = distributed.world_size()
         train(prepared(model, [*words, *TINY[model]], ranks), steps=1)
         gc.collect()
         return_freed_memory()
         baseline = resident_bytes("VmRSS")
         step = train(prepared(model, words, ranks), steps=0)
-        return_freed_memory()  # as `trainer.main` does
         forget_peak()
         for _ in range(STEPS - 1):
             step()

@@ -16,7 +16,7 @@ from trainer.build import build
 from trainer.composition import compose
 from trainer.config import to_config
 from trainer.estimate import layout_of, load_cluster, predict, sequence_lengths, shape_of
-from trainer.host import keep_freed_memory, return_freed_memory
+from trainer.host import build_beside_the_heap, keep_freed_memory, return_freed_memory
 from trainer.initial import initialise
 from trainer.parallel.layout import make_layout
 from trainer.parts import make_engine
@@ -36,11 +36,13 @@ def resident(what):
 def train(words, steps):
     """Steps of one micro-batch of full rows; the configuration."""
     ranks = distributed.world_size()
+    build_beside_the_heap()  # here and below as `trainer.main` does
     config = to_config(compose(["experiment=lm_small", *MODEL, *words, f"batch.global_size={8 * ranks}"]))
     build_model = partial(build, config.model, "model")
     engine = make_engine(config, make_plan(config, ranks), build_model, make_layout(1, 1))
     initialise(engine, build_model, seed=0)
-    return_freed_memory()  # as `trainer.main` does
+    return_freed_memory()
+    keep_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     task = SimpleNamespace(loss=token_loss)
     for _ in range(steps):
@@ -52,7 +54,6 @@ def train(words, steps):
 
 with distributed.process_group(True):
     torch.set_num_threads(1)
-    keep_freed_memory()
     common = ("data.batching=bucketed", "batch.micro_size=8", "task.sequence_length=256", "precision=bf16")
     for engine in sys.argv[1:]:
         train((f"engine={engine}", *common, *TINY), steps=1)
