@@ -86,6 +86,7 @@ class WandbSink:
         self._stall_seconds, self._stop_tag, self._poll_seconds = stall_seconds, stop_tag, poll_seconds
         self._run: Run | None = None
         self._events: list[tuple[int, str]] = []
+        self._step = 0
 
     def open(self, run: RunInfo) -> None:
         """See the contract. Raises SetupError if `wandb` is not installed."""
@@ -123,6 +124,7 @@ class WandbSink:
     def log(self, info: StepInfo) -> None:
         """See the contract."""
         if self._run is not None:
+            self._step = max(self._step, info.step)
             row = {name: value for name, value in info.row().items() if value is not None}
             self._log(info.step, lambda: row)
 
@@ -144,6 +146,7 @@ class WandbSink:
         """See the contract: kept as the run's summary field `last_event`, and when the run closes as a table of all."""
         if (run := self._run) is not None:
             self._events.append((step, message))
+            self._step = max(self._step, step)
             self._rows_lane.do(lambda: run.summary.update({"last_event": f"step {step}: {message}"}))
 
     def alarm(self, step: int, message: str) -> None:
@@ -162,8 +165,8 @@ class WandbSink:
         if self._run is None:
             return
         if self._events:
-            last_step, events = self._events[-1][0], client.table(("step", "event"), self._events)
-            self._files_lane.do(lambda: self._log_table(last_step, "events", events))
+            events = client.table(("step", "event"), self._events)
+            self._files_lane.do(lambda: self._log_table(self._step, "events", events))
         self._over.set()
         kind = "failure" if status == "failed" else "finish"
         self._alerts.tell(kind, f"{self._name}: {status}; {read_reason(self._directory)}")
