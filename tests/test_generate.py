@@ -47,7 +47,8 @@ class Shout:
 def task(monkeypatch: pytest.MonkeyPatch) -> Shout:
     """The task of every run that is restored."""
     task = Shout()
-    restored = SimpleNamespace(task=task, model=torch.nn.Identity())
+    run = {"config": SimpleNamespace(logging={}), "directory": SimpleNamespace(path=None), "steps": [1]}
+    restored = SimpleNamespace(task=task, model=torch.nn.Identity(), **run)
     monkeypatch.setattr(trainer.restore, "restore_run", lambda *_: restored)
     return task
 

@@ -82,7 +82,7 @@ def kernels_of_a_gpu() -> Iterator[None]:
         for owner, name, stand_in in (
             (layers, "composed", lambda x: True),
             (attention, "attend", _attend),
-            (decoder, "packed_mask", lambda segments, dtype: None),
+            (decoder, "packed_mask", lambda queries, keys, dtype, causal: None),
             (F, "rms_norm", _rms_norm),
             (F, "dropout", lambda x, p: torch.native_dropout(x, p, True)[0]),
             (cross_entropy, "CPU_BLOCK_ELEMENTS", cross_entropy.GPU_BLOCK_ELEMENTS),
