@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.models import attention
+from trainer.models import attention, segments
 from trainer.models.attention import attend
 from trainer.models.segments import Bias, PackedMask, SegmentGrids, packed_mask, padding_bias, segment_bias
 
@@ -124,6 +124,7 @@ def test_lines_of_packed_rows_and_their_gradients_equal_the_bias(lengths, causal
         keys = segments_of([[(3 * n + at) % 10 for at, n in enumerate(row)] for row in lengths], 55)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SegmentGrids, "SLOTS", slots)
+        patch.setattr(segments, "LONG", 0)
         lines = packed_mask(queries, keys, torch.float32, causal)
     assert isinstance(lines, SegmentGrids) or not torch.isin(queries[queries > 0], keys).any()
     generator = torch.Generator().manual_seed(0)
@@ -149,12 +150,13 @@ def test_lines_of_packed_rows_and_their_gradients_equal_the_bias(lengths, causal
 
 
 def test_lines_hold_little_but_segments():
-    """Documents of very different lengths in rows of 512 positions: half of all pairs are left out."""
-    lengths = [[300, 100, 60, 50, 2], [512], [20] * 25, [256, 128, 64, 32, 16, 8, 4, 2]] * 4
-    grids = packed_mask(*[segments_of(lengths, 512)] * 2, torch.float32, causal=True).grids
-    assert sum(grid.lines * grid.queries for grid in grids) <= 1.1 * 16 * 512
-    assert sum(grid.lines * grid.queries**2 for grid in grids) <= 0.5 * 16 * 512**2
-    assert len(grids) <= 6
+    """Documents of very different lengths in long rows: half of all pairs are left out. Short rows have a bias."""
+    lengths = [[600, 200, 120, 100, 4], [1024], [40] * 25, [512, 256, 128, 64, 32, 16, 8, 4]] * 4
+    grids = packed_mask(*[segments_of(lengths, 1024)] * 2, torch.float32, causal=True).grids
+    assert sum(grid.lines * grid.queries for grid in grids) <= 1.1 * 16 * 1024
+    assert sum(grid.lines * grid.queries**2 for grid in grids) <= 0.5 * 16 * 1024**2
+    assert len(grids) <= 8
+    assert isinstance(packed_mask(SEGMENTS, SEGMENTS, torch.float32), torch.Tensor)
 
 
 def test_most_blocks_of_long_packed_rows_are_skipped():

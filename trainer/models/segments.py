@@ -36,6 +36,11 @@ def segment_bias(queries: Tensor, keys: Tensor, dtype: torch.dtype, causal: bool
     return bias.masked_fill_(hidden, masked_score(dtype))[:, None]
 
 
+LONG = 512
+"""Positions of a row from which on, on a CPU, lines of their own win: with shorter rows the lines' sizes, which differ
+from step to step, tear the heap more than the pairs that are left out would have cost (docs/performance-log.md)."""
+
+
 class PackedMask:
     """What keeps the samples of packed rows apart, and the future unseen, for FlexAttention (Dong et al. 2024).
 
@@ -195,12 +200,13 @@ Bias = Tensor | PackedMask | SegmentGrids
 def packed_mask(queries: Tensor, keys: Tensor, dtype: torch.dtype, causal: bool = False) -> Bias:
     """What hides other samples, and with `causal` the future, in packed rows of segment ids [B, Q] and [B, K].
 
-    On a CPU lines of their own; on a GPU blocks, if causal; else a bias: also where the whole model is compiled, where
-    ids are not known (fake tensors), and where all is padding.
+    On a GPU blocks, if causal; on a CPU lines of their own, if rows are long; else a bias: also where the whole model is
+    compiled, where ids are not known (fake tensors), and where all is padding.
     """
-    if torch.compiler.is_compiling() or type(queries) is not Tensor or queries.device.type == "meta":
-        return segment_bias(queries, keys, dtype, causal)
-    if queries.device.type == "cpu":
+    known = type(queries) is Tensor and not torch.compiler.is_compiling()
+    if known and causal and queries.device.type == "cuda":
+        return PackedMask(queries)
+    if known and queries.device.type == "cpu" and keys.shape[1] > LONG:
         segments = SegmentGrids(queries, keys, dtype, causal)
         return segments if segments.grids else segment_bias(queries, keys, dtype, causal)
-    return PackedMask(queries) if causal else segment_bias(queries, keys, dtype)
+    return segment_bias(queries, keys, dtype, causal)

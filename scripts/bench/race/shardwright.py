@@ -72,6 +72,7 @@ def command(spec: Mapping[str, Any]) -> list[str]:
         "schedule": "inverse_square_root",
         "schedule.warmup": settings["warmup"],
         "log.every": 1,
+        "log.norms": "none",  # by default of every tenth step alone
         "logging": "[]",
         "+logging.race": f"{{_target_:shardwright.Observer,out:{spec['out']}}}",
         "allow_targets": "[shardwright.]",
