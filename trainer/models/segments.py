@@ -200,8 +200,8 @@ Bias = Tensor | PackedMask | SegmentGrids
 def packed_mask(queries: Tensor, keys: Tensor, dtype: torch.dtype, causal: bool = False) -> Bias:
     """What hides other samples, and with `causal` the future, in packed rows of segment ids [B, Q] and [B, K].
 
-    On a GPU blocks, if causal; on a CPU lines of their own, if rows are long; else a bias: also where the whole model is
-    compiled, where ids are not known (fake tensors), and where all is padding.
+    On a GPU blocks, if causal; on a CPU lines of their own, if rows are long; else a bias: also where the whole model
+    is compiled, where ids are not known (fake tensors), and where all is padding.
     """
     known = type(queries) is Tensor and not torch.compiler.is_compiling()
     if known and causal and queries.device.type == "cuda":
