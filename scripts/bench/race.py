@@ -24,7 +24,7 @@ from race import figures, learning  # noqa: E402
 from race.laps import LAPS, prepare  # noqa: E402
 from race.running import Failed, Runner, make_spec  # noqa: E402
 
-WARM_UP, SAVE_AT, SAVED_BY = 6, 4, 8
+WARM_UP, SAVE_AT, SAVED_BY = 6, 4, 20
 """Steps before the first turn; of the run that saves a checkpoint: the step it does so at, and its last."""
 
 
