@@ -142,7 +142,6 @@ def assemble(
         fill_frozen(engine, weights)
     return_freed_memory()
     keep_freed_memory()
-
     sinks = SafeSinks([])
     if distributed.rank() == 0:
         told = None if expected is None else expected.told
