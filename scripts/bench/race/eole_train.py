@@ -10,7 +10,6 @@ are left out. It has no data parallelism on CPUs, nor ZeRO.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -129,10 +128,9 @@ def translate(spec: dict[str, Any]) -> None:
     from eole.inference_engine import InferenceEnginePY
 
     told = spec["translate"]
-    texts = Path(told["input"]).read_text(encoding="utf-8").splitlines()
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder, "source"), Path(folder, "output")
-        source.write_text("".join(f"{line}\n" for line in pieces.cut_lines(spec, texts)), encoding="utf-8")
+        pieces.write_cut(spec, source)
         config = PredictConfig(
             model_path=told["checkpoint"],
             src=str(source),
@@ -146,9 +144,7 @@ def translate(spec: dict[str, Any]) -> None:
             compute_dtype=spec["precision"],
         )
         InferenceEnginePY(config).infer_file()
-        lines = pieces.joined_lines(spec, output.read_text(encoding="utf-8").splitlines())
-    assert len(lines) == len(texts), "one line for each"
-    Path(told["output"]).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        pieces.write_joined(spec, output)
 
 
 def main() -> None:
@@ -157,10 +153,7 @@ def main() -> None:
     if "translate" in spec:
         translate(spec)
         return
-    if spec["ranks"] > 1:
-        raise SystemExit("eole has no data parallelism on CPUs")
-    events = Events(spec["out"])
-    events.write("start", pid=os.getpid())
+    events = pieces.started(spec, "eole")
     import eole.trainer
     from eole.bin.run.train import train
     from eole.config.run import TrainConfig

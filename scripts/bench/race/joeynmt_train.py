@@ -12,7 +12,6 @@ the references alone, as the others do.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -151,19 +150,14 @@ def translate(spec: dict[str, Any]) -> None:
     from joeynmt.prediction import test
 
     told = spec["translate"]
-    texts = Path(told["input"]).read_text(encoding="utf-8").splitlines()
     settings = make_settings(spec)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "test.source").write_text(
-            "".join(f"{line}\n" for line in pieces.cut_lines(spec, texts)), encoding="utf-8"
-        )
+        pieces.write_cut(spec, Path(folder, "test.source"))
         del settings["data"]["train"], settings["data"]["dev"]
         settings["data"]["test"] = f"{folder}/test"
         settings["testing"] |= {"load_model": told["checkpoint"], "beam_size": told["beams"], "beam_alpha": 1.0}
         test(settings, output_path=f"{folder}/output")
-        lines = pieces.joined_lines(spec, Path(folder, "output.test").read_text(encoding="utf-8").splitlines())
-    assert len(lines) == len(texts), "one line for each"
-    Path(told["output"]).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        pieces.write_joined(spec, Path(folder, "output.test"))
 
 
 def main() -> None:
@@ -172,10 +166,7 @@ def main() -> None:
     if "translate" in spec:
         translate(spec)
         return
-    if spec["ranks"] > 1:
-        raise SystemExit("JoeyNMT has no data parallelism on CPUs")
-    events = Events(spec["out"])
-    events.write("start", pid=os.getpid())
+    events = pieces.started(spec, "JoeyNMT")
     from joeynmt import training
     from joeynmt.helpers import make_model_dir
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common import encoded
+from common import Events, encoded
 
 
 def cut(spec: dict[str, Any]) -> Path:
@@ -61,3 +62,26 @@ def joined_lines(spec: dict[str, Any], lines: Iterable[str]) -> list[str]:
     rows = [[backend.token_to_id(piece) for piece in line.split()] for line in lines]
     texts = backend.decode_batch([[one for one in row if one is not None] for row in rows])
     return [" ".join(text.splitlines()) for text in texts]
+
+
+def write_cut(spec: dict[str, Any], to: Path) -> None:
+    """The texts that are to be translated, as pieces."""
+    texts = Path(spec["translate"]["input"]).read_text(encoding="utf-8").splitlines()
+    to.write_text("".join(f"{line}\n" for line in cut_lines(spec, texts)), encoding="utf-8")
+
+
+def write_joined(spec: dict[str, Any], made: Path) -> None:
+    """What a toolkit has made of them, as text, where the driver expects it."""
+    told = spec["translate"]
+    lines = joined_lines(spec, made.read_text(encoding="utf-8").splitlines())
+    assert len(lines) == len(Path(told["input"]).read_text(encoding="utf-8").splitlines()), "one line for each"
+    Path(told["output"]).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def started(spec: dict[str, Any], toolkit: str) -> Events:
+    """The events of a toolkit that trains in one process."""
+    if spec["ranks"] > 1:
+        raise SystemExit(f"{toolkit} has no data parallelism on CPUs")
+    events = Events(spec["out"])
+    events.write("start", pid=os.getpid())
+    return events
