@@ -31,7 +31,7 @@ from trainer.host import allow_many_files, build_beside_the_heap, keep_freed_mem
 from trainer.initial import fill_frozen, initialise
 from trainer.logs import run_log
 from trainer.loop import Outcome, Training, blank_of, fit, memory_bytes
-from trainer.metrics import RunInfo
+from trainer.metrics import RunInfo, Sink
 from trainer.metrics.meter import Meter, peak_flops
 from trainer.metrics.norms import LayerGroups
 from trainer.metrics.sinks import JsonLinesSink, SafeSinks
@@ -125,6 +125,7 @@ def assemble(
     loader = Loader(dealers, task, plan, stream.row_lengths, mixed=corpus.mixed, mix_by=data.mix_by)
     blank = blank_of(task.collate([corpus.first_sample()]))
 
+    sinks = _make_sinks(config)
     ds_config = make_ds_config(plan)
     planned = plan.to_dict() | figures(expected)
     distributed.on_rank_zero(lambda: directory.claim(config, overrides, planned, ds_config, tokenizer))
@@ -142,11 +143,9 @@ def assemble(
         fill_frozen(engine, weights)
     return_freed_memory()
     keep_freed_memory()
-    sinks = SafeSinks([])
     if distributed.rank() == 0:
         told = None if expected is None else expected.told
         print(summarise(config, plan, count_parameters(twin), schedule, directory, state, told), flush=True)
-        sinks = SafeSinks([JsonLinesSink(), *(build(part, f"logging.{name}") for name, part in config.logging.items())])
         facts = config_to_dict(config), planned
         sinks.open(RunInfo(config.name, directory.path, *facts, config.steps, state.step, stop_request.ask))
         watchdog.last_words(lambda: sinks.close("failed"))
@@ -161,6 +160,15 @@ def assemble(
     trained = [name for name, parameter in twin.named_parameters() if parameter.requires_grad]
     groups = LayerGroups(trained, config.log.norms)
     return Training(*facts_of_run, sinks, stop_request, groups, trace, quarantine, blank), state, lanes
+
+
+def _make_sinks(config: Config) -> SafeSinks:
+    """On rank 0 those of the configuration, which refuse what they cannot do; every rank hears of it."""
+    made: list[Sink] = [JsonLinesSink()] if distributed.rank() == 0 else []
+    distributed.on_rank_zero(
+        lambda: made.extend(build(part, f"logging.{name}") for name, part in config.logging.items())
+    )
+    return SafeSinks(made)
 
 
 def _expected(config: Config) -> Expectation | None:

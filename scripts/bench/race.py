@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from race import figures, learning  # noqa: E402
 from race.laps import LAPS, prepare  # noqa: E402
-from race.running import Failed, Runner, make_spec  # noqa: E402
+from race.running import ENTRANTS, Failed, Runner, make_spec  # noqa: E402
 
 WARM_UP, SAVE_AT, SAVED_BY = 6, 4, 20
 """Steps before the first turn; of the run that saves a checkpoint: the step it does so at, and its last."""
@@ -101,6 +101,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--beams", type=int, default=4, help="of --learn")
     parser.add_argument("--work", type=Path, default=Path("runs/race"))
     options = parser.parse_args(words)
+    for name in options.laps:
+        if name not in (*LAPS, "peak"):
+            parser.error(f"argument --laps: {name} is not known; choose from {', '.join(LAPS)}, peak")
+    for name in [*options.entrants, *([options.learn] if options.learn else [])]:
+        if name not in ENTRANTS:
+            parser.error(f"argument --entrants: {name} is not known; choose from {', '.join(ENTRANTS)}")
     options.python = dict(pair.split("=", 1) for pair in options.python)
     options.work = options.work.resolve()
     return options

@@ -237,6 +237,13 @@ def test_a_run_that_stands_still_is_told_once_with_the_rank_that_is_late(tmp_pat
     assert stall.look() is None, "which may take four times as long"
 
 
+def test_times_that_are_none_are_refused_before_a_file_is_written(run_trainer: Callable[..., Any]) -> None:
+    limits = ["logging.wandb.poll_seconds=0", "logging.wandb.start_seconds=-1"]
+    done = run_trainer(["experiment=digits_mlp", "name=run", "logging=[wandb]", *limits])
+    assert done.returncode == 2 and "poll_seconds=0 of WandbSink is not a time; give seconds above 0" in done.stderr
+    assert "start_seconds=-1" in done.stderr and not (done.runs_dir / "run").exists()
+
+
 @pytest.mark.timeout(150)
 def test_a_server_that_takes_connections_and_never_answers_does_not_hold_up_a_run(
     run_trainer: Callable[..., Any], tmp_path: Path

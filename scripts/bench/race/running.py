@@ -31,6 +31,8 @@ PROGRAMS = {
 }
 """Entrants whose program has another name: one must not be called like the library it imports."""
 
+ENTRANTS = ("shardwright", "bare", "hf", *PROGRAMS)
+
 
 class Failed(Exception):
     """An entrant ended, or did not come as far as it should."""

@@ -77,6 +77,18 @@ class WandbSink:
             for kind in alerts
             if kind not in KINDS
         ]
+        limits = {
+            "start_seconds": start_seconds,
+            "finish_seconds": finish_seconds,
+            "alert_seconds": alert_seconds,
+            "stall_seconds": stall_seconds,
+            "poll_seconds": poll_seconds,
+        }
+        problems += [
+            f"logging: {key}={value:g} of WandbSink is not a time; give seconds above 0."
+            for key, value in limits.items()
+            if not value > 0
+        ]
         if problems:
             raise ConfigError(*problems)
         self._project, self._entity, self._mode = project, entity, mode
