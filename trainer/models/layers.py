@@ -128,6 +128,11 @@ def make_norm(kind: NormKind, d_model: int, bias: bool = True, eps: float = 1e-6
     return RMSNorm(d_model, eps=eps) if kind == "rms" else LayerNorm(d_model, eps=eps, bias=bias)
 
 
+FEW_POSITIONS = 2048
+"""Up to which PyTorch's LayerNorm serves in bf16 on a CPU: its gradients of weight and bias are within 6 % there, and a
+small model's step would take 4 % more."""
+
+
 class _LayerNorm(torch.autograd.Function):
     """LayerNorm in bf16 for a CPU, where PyTorch sums the gradients of weight and bias over all positions in bf16: a
     fifth of them is lost at 32,000 positions. Here the backward pass is in fp32."""
@@ -153,7 +158,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model]."""
-        if composed(x) or x.dtype == torch.float32 or not torch.is_grad_enabled():
+        few = x.numel() <= FEW_POSITIONS * x.shape[-1]
+        if few or composed(x) or x.dtype == torch.float32 or not torch.is_grad_enabled():
             return super().forward(x)
         return _LayerNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return, no-untyped-call]
 
