@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.conftest import launch_command
+from tests.held import HELD, STEP
 from tests.test_training import curve, samples_by_step, tiny
 
 DEADLINE = 120  # seconds until a test gives up waiting
@@ -78,11 +79,11 @@ def test_a_preempted_job_goes_on_with_fewer_ranks(run_trainer, tmp_path, trainer
     common = tiny("precision=fp32", "steps=30", "data.trace=true")
     runs_dir = run_trainer([*common, "name=whole"]).check().runs_dir
     run = runs_dir / "moved"
-    command = [*launch_command("torchrun", 2, "trainer"), *common, "name=moved", f"runs_dir={runs_dir}"]
+    command = [*launch_command("torchrun", 2, "trainer"), *common, *HELD, "name=moved", f"runs_dir={runs_dir}"]
     with subprocess.Popen(
         command, cwd=tmp_path, env=trainer_env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as launcher:
-        wait_for(lambda: last_step(run) >= 6, launcher)
+        wait_for(lambda: last_step(run) >= STEP, launcher)
         launcher.send_signal(signal.SIGTERM)
         launcher.wait(DEADLINE)
     status = json.loads((run / "status.json").read_text())

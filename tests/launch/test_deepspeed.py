@@ -8,6 +8,7 @@ import pytest
 
 from launch.deepspeed import DeepSpeed
 from launch.hostfile import choose, read_hostfile
+from tests.held import HELD, STEP
 from tests.launch.conftest import COMMON, same_as
 from tests.test_survival import last_step
 from trainer.errors import ConfigError, SetupError
@@ -82,8 +83,8 @@ def test_two_hosts_over_ssh_are_stopped_and_their_run_goes_on_elsewhere(ssh_host
     hostfile(tmp_path, "".join(f"{address} slots=1\n" for address in ssh_hosts.addresses))
     place = ("launcher=deepspeed", "launcher.hostfile=hosts", "launcher.ssh_port=2222")
     run = tmp_path / "runs" / "moved"
-    words = (*place, "launcher.variables=[GLOO_SOCKET_IFNAME]", *COMMON, "name=moved")
-    with launching.begun(*words, until=lambda: last_step(run) >= 3) as process:
+    words = (*place, "launcher.variables=[GLOO_SOCKET_IFNAME]", *COMMON, *HELD, "name=moved")
+    with launching.begun(*words, until=lambda: last_step(run) >= STEP) as process:
         assert "SIGUSR1 to rank 0" in launching("run=moved", module="launch.stop").check().stdout
         assert process.wait(120) == 75, (tmp_path / "launch.log").read_text()
     assert launching.state("moved")["state"] == "preempted"

@@ -15,6 +15,7 @@ import pytest
 from launch.job import Job
 from launch.slurm import Slurm
 from tests.conftest import ROOT, Finished
+from tests.held import HELD, STEP
 from tests.launch.conftest import COMMON, same_as
 from tests.test_survival import last_step
 from trainer.errors import SetupError
@@ -69,8 +70,8 @@ def output(run: Path) -> str:
 @pytest.mark.timeout(600)
 def test_a_job_is_preempted_requeued_and_goes_on(cluster, on_slurm, whole, tmp_path):
     """Two ranks that srun starts; SIGUSR1 to every process and to the batch script: one save, requeue, resume."""
-    run, job = tmp_path / "runs" / "run", on_slurm(*COMMON, "name=run")
-    cluster.wait_for(lambda: last_step(run) >= 3, lambda: output(run))
+    run, job = tmp_path / "runs" / "run", on_slurm(*COMMON, *HELD, "name=run")
+    cluster.wait_for(lambda: last_step(run) >= STEP, lambda: output(run))
     told(cluster, run, job, "--signal=USR1", "--full")
     cluster.wait_for(lambda: cluster.state(job) in ENDED, lambda: output(run))
     assert cluster.state(job) == "COMPLETED", output(run)
