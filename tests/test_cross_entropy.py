@@ -59,6 +59,25 @@ def test_loss_and_gradients_are_those_of_the_formula(monkeypatch, smoothing, z_l
             assert float((own - true).abs().max() / true.abs().max()) < 1e-6
 
 
+def test_any_number_of_targets_makes_products_of_few_shapes(monkeypatch):
+    """Each shape is compiled on a CPU: 400 numbers of targets have a few dozen, and at most a sixteenth of filling."""
+    mm, shapes = torch.mm, set()
+
+    def seen(inputs, weight, out):
+        shapes.add(len(inputs))
+        return mm(inputs, weight, out=out)
+
+    monkeypatch.setattr(torch, "mm", seen)
+    for rows in range(400):
+        hidden, weight, _, labels = case(rows, classes=11, size=4)
+        ours = learn(lambda *head, labels=labels: Targets(labels)(*head, None)[0], hidden, weight)
+        exact = learn(lambda *head, labels=labels: formula(*head, None, labels), hidden.double(), weight.double())
+        for own, true in zip(ours, exact, strict=True):
+            torch.testing.assert_close(own.double(), true, rtol=1e-5, atol=1e-5)
+        assert max(shapes) <= max(32, rows * 17 / 16)
+    assert len(shapes) < 32 + 16 * 4
+
+
 def test_chunks_of_a_bf16_gradient_are_summed_in_fp32(monkeypatch):
     """So that many chunks are as exact as one, whose products are summed in fp32 by the matrix kernel."""
     hidden, weight, _, labels = case(rows=600, dtype=torch.bfloat16)

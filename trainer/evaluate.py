@@ -23,7 +23,7 @@ from trainer import distributed
 from trainer.commands import run_command
 from trainer.errors import ConfigError, DataError, SetupError
 from trainer.guards import watchdog
-from trainer.host import keep_freed_memory
+from trainer.host import keep_compiled_products, keep_freed_memory
 from trainer.tasks import IGNORE, Batch, Encoded, Record, ScoresBatches, ScoresText, Task
 
 if TYPE_CHECKING:
@@ -321,6 +321,7 @@ def _evaluate_run(options: EvaluateOptions) -> None:
     from trainer.plan import make_plan
     from trainer.restore import restore_run
 
+    keep_compiled_products()
     keep_freed_memory()
     with distributed.process_group():
         found = options.run, options.runs_dir, options.checkpoint, options.allow_targets, options.weights

@@ -16,7 +16,7 @@ import torch
 from trainer import distributed
 from trainer.commands import run_command
 from trainer.errors import ConfigError, DataError
-from trainer.host import keep_freed_memory
+from trainer.host import keep_compiled_products, keep_freed_memory
 from trainer.tasks import BadRecord, Decoding, Encoded, GeneratesText
 
 
@@ -129,6 +129,7 @@ def _generate(options: GenerateOptions) -> None:
     from trainer.evaluate import write_atomically
     from trainer.restore import restore_run
 
+    keep_compiled_products()
     keep_freed_memory()  # beams copy their cache at every step
     with distributed.process_group(always=options.sharded):
         found = options.run, options.runs_dir, options.checkpoint, options.allow_targets, options.weights

@@ -15,6 +15,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc, malloc.h
 
 _MANY_FILES = 1 << 16
 
+COMPILED_PRODUCTS = 2048
+"""Shapes of products of matrices for which a process keeps the compiled code; half a megabyte each."""
+
 
 def allow_many_files() -> None:
     """Raise this process's limit of open files, often 1,024, as far as it may: each rank has a connection to many
@@ -23,6 +26,16 @@ def allow_many_files() -> None:
     highest = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < highest:
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+
+
+def keep_compiled_products() -> None:
+    """Before the first product: let oneDNN keep what it compiled for COMPILED_PRODUCTS shapes, instead of 1,024, unless
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY says otherwise.
+
+    Batches of varying lengths need more than a thousand. Compiling the others again and again took a sixth of the quick
+    start's step, and what came and went tore the heap (docs/performance-log.md).
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_PRODUCTS))
 
 
 def build_beside_the_heap() -> None:

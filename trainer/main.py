@@ -27,7 +27,13 @@ from trainer.evaluate import Evaluation, evaluate
 from trainer.expectation import Expectation, expect, figures
 from trainer.guards import watchdog
 from trainer.guards.signals import StopRequest, listening
-from trainer.host import allow_many_files, build_beside_the_heap, keep_freed_memory, return_freed_memory
+from trainer.host import (
+    allow_many_files,
+    build_beside_the_heap,
+    keep_compiled_products,
+    keep_freed_memory,
+    return_freed_memory,
+)
 from trainer.initial import fill_frozen, initialise
 from trainer.logs import run_log
 from trainer.loop import Outcome, Training, blank_of, fit, memory_bytes
@@ -56,6 +62,7 @@ def run(config: Config, overrides: Sequence[str]) -> int:
         print(dry_run(config, None if expected is None else expected.told))
         return 0
     allow_many_files()
+    keep_compiled_products()
     build_beside_the_heap()
     timeout_seconds = watchdog.collective_seconds(config.guard)
     with (

@@ -146,11 +146,13 @@ def measured(model: str, ranks: int, words: list[str]) -> dict[str, float]:
 def row(model: str, engine: str, ranks: int, precision: str, words: list[str]) -> dict[str, Any]:
     """Predicted, counted and measured bytes."""
     from launch.planner.count import count
-    from trainer.estimate import layout_of, load_cluster, predict, shape_of
+    from trainer.estimate import layout_of, load_cluster, predict, sequence_lengths, shape_of
 
     words = [f"engine={engine}", f"precision={precision}", *words]
     config = prepared(model, words, ranks)
-    prediction = predict(shape_of(config), layout_of(config, ranks), load_cluster("cpu").with_ranks(ranks))
+    prediction = predict(
+        shape_of(config), layout_of(config, ranks, sequence_lengths(config)), load_cluster("cpu").with_ranks(ranks)
+    )
     counted, taken = count(config, ranks, "cpu"), measured(model, ranks, words)
     memory = sum(term.value for term in prediction.memory if term.name != "libraries")
     share = (ranks - 1) / ranks

@@ -63,7 +63,9 @@ with distributed.process_group(True):
         config = train((f"engine={engine}", *common), steps=4)
         taken = max(distributed.all_gather_objects(resident("VmHWM") - before))
         ranks = distributed.world_size()
-        made = predict(shape_of(config), layout_of(config, ranks), load_cluster("cpu").with_ranks(ranks))
+        made = predict(
+            shape_of(config), layout_of(config, ranks, sequence_lengths(config)), load_cluster("cpu").with_ranks(ranks)
+        )
         expected = sum(term.value for term in made.memory if term.name != "libraries")
         if distributed.rank() == 0:
             print(f"RATIO {engine} {expected / taken:.3f}: {expected / 1e6:.0f} of {taken / 1e6:.0f} MB", flush=True)

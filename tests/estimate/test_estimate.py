@@ -230,6 +230,22 @@ def test_layouts_follow_the_plan():
         layout_of(resolved, 7)
 
 
+def test_batches_of_varying_lengths_take_more_on_a_cpu():
+    """Compiled products and a torn heap; packed rows, and a device that compiles nothing, have neither."""
+    words = ("experiment=quickstart", "data.row_length=[128,128]", "batch.global_size=96")
+    whole = {}
+    for cluster in ("cpu", "a100_80gb"):
+        for batching in ("bucketed", "packed"):
+            run = config(*words, f"data.batching={batching}")
+            made = predict(shape_of(run), layout_of(run, 1), load_cluster(cluster).with_ranks(1))
+            whole[cluster, batching] = {term.name: term.value for term in made.memory}
+    cpu = whole["cpu", "bucketed"]
+    assert 0.2e9 < cpu["compiled products"] <= 2048 * 5e5
+    assert cpu["fragmentation"] > whole["cpu", "packed"]["fragmentation"]
+    assert "compiled products" not in whole["cpu", "packed"] | whole["a100_80gb", "bucketed"]
+    assert layout_of(config(*words), 1, (128, 128)).varying_batches == 0
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_models_of_transformers_are_read_from_their_configuration(tmp_path):
     transformers = pytest.importorskip("transformers")

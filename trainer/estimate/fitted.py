@@ -19,7 +19,8 @@ class Fitted:
     (not fitted: what NCCL's own tests show). exposed: of collectives that could hide beneath computation, the part that
     does not. hop_seconds: of a collective's step from rank to rank. fragmentation: of memory that comes and goes, what
     the allocator holds besides; context_bytes: of libraries and communicators. holes: on a CPU, free memory in the
-    C library's heap at the peak, in largest tensors below 32 MiB (`scripts/bench/planner.py`).
+    C library's heap at the peak, in largest tensors below 32 MiB (`scripts/bench/planner.py`). torn: the same where
+    batches vary in length, as a part of what lies in the heap.
 
     Volta's flash kernel, CDNA3 and the CPU are guesses that no published row checks; cuDNN's attention on Hopper is
     what FlashAttention-3 (Shah et al. 2024, figures 5 and 6) measured of it, forward and backward together.
@@ -55,6 +56,7 @@ class Fitted:
     fragmentation: float = 0.02
     context_bytes: float = 2 * 2.0**30
     holes: float = 6.0
+    torn: float = 0.18
 
 
 FITTED = Fitted()

@@ -1,4 +1,4 @@
-"""Memory that the C library keeps on a CPU (`trainer.host.keep_freed_memory`): more is resident than in use."""
+"""Memory of a CPU process beside its tensors: products that oneDNN compiled, and what glibc keeps (`trainer.host`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from trainer.estimate.fitted import Fitted
 from trainer.estimate.layout import Layout
 from trainer.estimate.shape import Shape
 from trainer.estimate.terms import Term
+from trainer.host import COMPILED_PRODUCTS
 
 GIVEN_BACK_BYTES = 32 << 20
 """A tensor from this size on is memory of its own, which the system has back when it is free; smaller ones are of the
@@ -17,6 +18,26 @@ DEEPSPEED_PIECES_BYTES = 1.2e8
 which 147 are in use; without DeepSpeed 127 and 124); steps touch them little by little."""
 
 
+COMPILED_BYTES = 5e5
+"""Of a compiled product (measured: 0.7 MB of a plain one, 0.33 MB of a batched one, as attention has them)."""
+
+LIBRARIES_HEAP_BYTES = 1.5e8
+"""Of what a process's libraries take, the part that lies in the heap (measured; the rest are files and mappings)."""
+
+
+def compiled(layout: Layout) -> Term:
+    """Products that oneDNN has compiled at the end of a run whose batches vary in length (their growth is measured: 840
+    shapes after 60 micro-batches, 1,290 after 300, 2,190 after 600); of one shape they are few."""
+    shapes = min(float(COMPILED_PRODUCTS), 85.0 * layout.varying_batches**0.5)
+    return Term(
+        "compiled products",
+        "device",
+        COMPILED_BYTES * shapes,
+        "bytes x min(2,048, 85 x square root of the micro-batches)",
+        {"bytes": COMPILED_BYTES, "micro-batches": layout.varying_batches},
+    )
+
+
 def large(num_bytes: float) -> float:
     """The bytes of a tensor that is memory of its own; 0 of one in the heap."""
     return num_bytes if num_bytes >= GIVEN_BACK_BYTES else 0.0
@@ -24,7 +45,10 @@ def large(num_bytes: float) -> float:
 
 def kept(shape: Shape, layout: Layout, in_small: float, in_large: float, together: float, fitted: Fitted) -> Term:
     """Resident memory beyond the bytes of all tensors at the peak (`together`): the most that the heap ever held stays,
-    while large tensors have their own peak; and holes in the heap, of no use to the next tensor that is larger."""
+    while large tensors have their own peak; and holes in the heap, of no use to the next tensor that is larger. Where
+    tensors are of another size in every step, the holes are a part of all that lies in the heap."""
+    if layout.varying_batches:
+        return _torn(layout, in_small, in_large, together, fitted)
     hole = largest_small(shape, layout)
     pieces = DEEPSPEED_PIECES_BYTES if layout.zero_stage else 0.0
     return Term(
@@ -38,6 +62,25 @@ def kept(shape: Shape, layout: Layout, in_small: float, in_large: float, togethe
             "largest tensor below 32 MiB": hole,
             "pieces": pieces,
             "in such tensors": in_small,
+            "in larger ones": in_large,
+            "at the peak": together,
+        },
+    )
+
+
+def _torn(layout: Layout, in_small: float, in_large: float, together: float, fitted: Fitted) -> Term:
+    products = compiled(layout).value
+    return Term(
+        "fragmentation",
+        "device",
+        max(0.0, fitted.torn * (in_small + products + LIBRARIES_HEAP_BYTES) + in_small + in_large - together),
+        "torn x (most in tensors below 32 MiB + compiled products + of libraries) + most in such tensors + most in"
+        " larger ones - what is there at the peak",
+        {
+            "torn": fitted.torn,
+            "in such tensors": in_small,
+            "compiled products": products,
+            "of libraries": LIBRARIES_HEAP_BYTES,
             "in larger ones": in_large,
             "at the peak": together,
         },

@@ -88,7 +88,8 @@ class Layout:
     micro_size: samples that a group of ranks passes forward at once; accumulation: micro-batches a step; source_length,
     target_length: positions of a sample, padding included (packed: of a row). micro_size may be a fraction: a mean.
     target_fraction: of target positions, those that carry loss. recompute_every: only each so many-th layer is
-    recomputed. offload_activations: what is recomputed from waits in host memory.
+    recomputed. offload_activations: what is recomputed from waits in host memory. varying_batches: micro-batches of the
+    run, where each is as long as its samples are (the lengths are then the longest); 0: all are of one shape.
     """
 
     ranks: int = 1
@@ -109,6 +110,7 @@ class Layout:
     source_length: int = 0
     target_length: int = 0
     target_fraction: float = 1.0
+    varying_batches: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     ema: bool = False
     system: System = field(default=OURS)

@@ -43,7 +43,9 @@ def device_terms(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted 
     passing = _passing(shape, layout, local, cluster, peak)
     moving = sum(term.value for term in passing)
     on_cpu = cluster.generation == "cpu"
+    of_products = [heap.compiled(layout)] if on_cpu and layout.varying_batches else []
     losses = [
+        *of_products,
         _heap(shape, layout, moments, passing, fitted)
         if on_cpu and layout.system.name == "ours"
         else Term(

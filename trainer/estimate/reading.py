@@ -294,7 +294,7 @@ def _corrupted(task: Mapping[str, Any]) -> int:
 
 
 def layout_of(config: Config, ranks: int, lengths: tuple[int, int] | None = None) -> Layout:
-    """The configuration's run on so many ranks. lengths: positions of a source and a target, None: the longest.
+    """The configuration's run on so many ranks. lengths: positions of every source and target, None: the longest.
 
     With batch.micro_tokens, a micro-batch holds as many samples of these lengths as its budget allows. Raises
     ConfigError where the batch does not divide (`trainer.plan`).
@@ -318,10 +318,17 @@ def layout_of(config: Config, ranks: int, lengths: tuple[int, int] | None = None
         source_length=source,
         target_length=target,
         target_fraction=config.task.get("mask_fraction", 1.0),
+        varying_batches=config.steps * accumulation if lengths is None and _varies(config) else 0.0,
         precision=config.precision.value,
         ema=config.ema.decay is not None,
         system=_system(config, plan),
     )
+
+
+def _varies(config: Config) -> bool:
+    """Whether batches are as long as their longest sample, each another length."""
+    alike = config.data.get("batching") == "packed" or "input_length" in config.task
+    return not alike and not config.model["_target_"].endswith(".ViT")
 
 
 def _micro_batches(plan: RunPlan, positions: int) -> tuple[float, float]:
