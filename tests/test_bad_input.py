@@ -71,6 +71,13 @@ def test_a_run_that_cannot_be_is_refused(run_trainer, pairs, words, parts):
     refused(run_trainer(on(pairs, *words)), *parts)
 
 
+def test_the_last_that_torchrun_says_is_the_message(run_trainer, pairs):
+    done = run_trainer(on(pairs, "batch.global_size=7"), ranks=2, launcher="torchrun")
+    assert done.returncode == 1
+    cure = "batch.global_size=7 does not divide over 2 ranks; use batch.global_size=6 or 8."
+    assert cure in "".join(done.stderr.splitlines()[-2:])
+
+
 def test_missing_data_tells_what_lies_there(run_trainer, tmp_path):
     refused(run_trainer(on(tmp_path / "nothing")), "nothing")
 

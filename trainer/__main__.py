@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -88,7 +90,17 @@ def _refuse(error: UserError, show_traceback: bool) -> int:
         problems[0] if len(problems) == 1 else "\n".join([f"{len(problems)} problems", *map("  - {}".format, problems)])
     )
     print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    _tell_torchrun(message)
     return error.exit_code
+
+
+def _tell_torchrun(message: str) -> None:
+    """Have torchrun end with the message too, whose own traceback would scroll it away (the error file of
+    torch.distributed.elastic)."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:  # it has been told already
+            json.dump({"message": message.replace("\n", "\n  "), "timestamp": int(time.time())}, file)
 
 
 if __name__ == "__main__":
