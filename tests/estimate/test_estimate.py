@@ -231,7 +231,7 @@ def test_layouts_follow_the_plan():
 
 
 def test_batches_of_varying_lengths_take_more_on_a_cpu():
-    """Compiled products and a torn heap; packed rows, and a device that compiles nothing, have neither."""
+    """Compiled products and a torn heap; packed rows have few and a whole one, other devices and fp32 none."""
     words = ("experiment=quickstart", "data.row_length=[128,128]", "batch.global_size=96")
     whole = {}
     for cluster in ("cpu", "a100_80gb"):
@@ -242,7 +242,8 @@ def test_batches_of_varying_lengths_take_more_on_a_cpu():
     cpu = whole["cpu", "bucketed"]
     assert 0.2e9 < cpu["compiled products"] <= 2048 * 5e5
     assert cpu["fragmentation"] > whole["cpu", "packed"]["fragmentation"]
-    assert "compiled products" not in whole["cpu", "packed"] | whole["a100_80gb", "bucketed"]
+    assert 0 < whole["cpu", "packed"]["compiled products"] < 0.03e9
+    assert "compiled products" not in whole["a100_80gb", "bucketed"]
     assert layout_of(config(*words), 1, (128, 128)).varying_batches == 0
 
 

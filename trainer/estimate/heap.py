@@ -25,16 +25,18 @@ LIBRARIES_HEAP_BYTES = 1.5e8
 """Of what a process's libraries take, the part that lies in the heap (measured; the rest are files and mappings)."""
 
 
-def compiled(layout: Layout) -> Term:
-    """Products that oneDNN has compiled at the end of a run whose batches vary in length (their growth is measured: 840
-    shapes after 60 micro-batches, 1,290 after 300, 2,190 after 600); of one shape they are few."""
-    shapes = min(float(COMPILED_PRODUCTS), 85.0 * layout.varying_batches**0.5)
+def compiled(shape: Shape, layout: Layout) -> Term:
+    """Products in bf16 that oneDNN has compiled at the end of a run: three of each of a layer's matrices and of the
+    head, six of attention, for each shape of a batch; how many more shapes there are where batches vary in length is
+    measured (840 after 60 micro-batches, 1,290 after 300, 2,190 after 600)."""
+    once = 18 * len(activations.stacks(shape, layout)) + (12 if shape.has_cross else 0) + 3
+    shapes = min(float(COMPILED_PRODUCTS), max(once, 85.0 * layout.varying_batches**0.5))
     return Term(
         "compiled products",
         "device",
-        COMPILED_BYTES * shapes,
-        "bytes x min(2,048, 85 x square root of the micro-batches)",
-        {"bytes": COMPILED_BYTES, "micro-batches": layout.varying_batches},
+        COMPILED_BYTES * shapes if layout.precision == "bf16" else 0.0,
+        "bytes x min(2,048, max(of one shape of a batch, 85 x square root of the micro-batches))",
+        {"bytes": COMPILED_BYTES, "of one shape of a batch": once, "micro-batches": layout.varying_batches},
     )
 
 
@@ -43,24 +45,34 @@ def large(num_bytes: float) -> float:
     return num_bytes if num_bytes >= GIVEN_BACK_BYTES else 0.0
 
 
-def kept(shape: Shape, layout: Layout, in_small: float, in_large: float, together: float, fitted: Fitted) -> Term:
+def kept(
+    shape: Shape,
+    layout: Layout,
+    in_small: float,
+    in_large: float,
+    gathered: float,
+    together: float,
+    fitted: Fitted,
+) -> Term:
     """Resident memory beyond the bytes of all tensors at the peak (`together`): the most that the heap ever held stays,
     while large tensors have their own peak; and holes in the heap, of no use to the next tensor that is larger. Where
-    tensors are of another size in every step, the holes are a part of all that lies in the heap."""
+    tensors are of another size in every step, the holes are a part of all that lies in the heap. What ZeRO-3 gathers
+    the second time does not find the holes of the first (measured)."""
     if layout.varying_batches:
-        return _torn(layout, in_small, in_large, together, fitted)
+        return _torn(shape, layout, in_small, in_large, together, fitted)
     hole = largest_small(shape, layout)
     pieces = DEEPSPEED_PIECES_BYTES if layout.zero_stage else 0.0
     return Term(
         "fragmentation",
         "device",
-        max(0.0, max(fitted.holes * hole, pieces) + in_small + in_large - together),
-        "max(holes x largest tensor below 32 MiB, pieces that DeepSpeed leaves) + most in such tensors + most in larger"
-        " ones - what is there at the peak",
+        max(0.0, max(fitted.holes * hole, pieces) + gathered + in_small + in_large - together),
+        "max(holes x largest tensor below 32 MiB, pieces that DeepSpeed leaves) + gathered parameters + most in such"
+        " tensors + most in larger ones - what is there at the peak",
         {
             "holes": fitted.holes,
             "largest tensor below 32 MiB": hole,
             "pieces": pieces,
+            "gathered parameters": gathered,
             "in such tensors": in_small,
             "in larger ones": in_large,
             "at the peak": together,
@@ -68,8 +80,8 @@ def kept(shape: Shape, layout: Layout, in_small: float, in_large: float, togethe
     )
 
 
-def _torn(layout: Layout, in_small: float, in_large: float, together: float, fitted: Fitted) -> Term:
-    products = compiled(layout).value
+def _torn(shape: Shape, layout: Layout, in_small: float, in_large: float, together: float, fitted: Fitted) -> Term:
+    products = compiled(shape, layout).value
     return Term(
         "fragmentation",
         "device",

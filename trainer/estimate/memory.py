@@ -43,9 +43,8 @@ def device_terms(shape: Shape, layout: Layout, cluster: Cluster, fitted: Fitted 
     passing = _passing(shape, layout, local, cluster, peak)
     moving = sum(term.value for term in passing)
     on_cpu = cluster.generation == "cpu"
-    of_products = [heap.compiled(layout)] if on_cpu and layout.varying_batches else []
     losses = [
-        *of_products,
+        *([heap.compiled(shape, layout)] if on_cpu else []),
         _heap(shape, layout, moments, passing, fitted)
         if on_cpu and layout.system.name == "ours"
         else Term(
@@ -131,7 +130,7 @@ def _heap(shape: Shape, layout: Layout, moments: list[_Moment], passing: list[Te
     gathered = next(term.value for term in passing if term.name == "gathered parameters")
     small = gathered + max(moment.passing - moment.large for moment in moments)
     large = max(moment.large - later for moment, later in zip(moments, absent, strict=True))
-    return heap.kept(shape, layout, small, large, together, fitted)
+    return heap.kept(shape, layout, small, large, gathered, together, fitted)
 
 
 def _passing(shape: Shape, layout: Layout, local: Local, cluster: Cluster, peak: _Moment) -> list[Term]:
