@@ -95,7 +95,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=3.0, help="of --learn: of training for each seed")
     parser.add_argument("--seeds", type=int, default=3, help="of --learn")
     parser.add_argument(
-        "--learn-steps", type=int, default=50, help="of --learn: between two checkpoints and validations"
+        "--learn-steps",
+        type=int,
+        default=37,
+        help="of --learn: between two checkpoints and validations; not 50, after which transformers' groups of similar"
+        " lengths begin anew: each checkpoint would come from the shortest texts",
     )
     parser.add_argument("--test-samples", type=int, default=400, help="of --learn: sentences to translate")
     parser.add_argument("--beams", type=int, default=4, help="of --learn")
