@@ -245,6 +245,9 @@ def test_batches_of_varying_lengths_take_more_on_a_cpu():
     assert 0 < whole["cpu", "packed"]["compiled products"] < 0.03e9
     assert "compiled products" not in whole["a100_80gb", "bucketed"]
     assert layout_of(config(*words), 1, (128, 128)).varying_batches == 0
+    run = config(*words, "precision=fp32")
+    made = predict(shape_of(run), layout_of(run, 1), load_cluster("cpu").with_ranks(1))
+    assert next(term.value for term in made.memory if term.name == "compiled products") == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -31,11 +31,14 @@ def compiled(shape: Shape, layout: Layout) -> Term:
     measured (840 after 60 micro-batches, 1,290 after 300, 2,190 after 600)."""
     once = 18 * len(activations.stacks(shape, layout)) + (12 if shape.has_cross else 0) + 3
     shapes = min(float(COMPILED_PRODUCTS), max(once, 85.0 * layout.varying_batches**0.5))
+    narrow = layout.precision == "bf16"
     return Term(
         "compiled products",
         "device",
-        COMPILED_BYTES * shapes if layout.precision == "bf16" else 0.0,
-        "bytes x min(2,048, max(of one shape of a batch, 85 x square root of the micro-batches))",
+        COMPILED_BYTES * shapes if narrow else 0.0,
+        "bytes x min(2,048, max(of one shape of a batch, 85 x square root of the micro-batches))"
+        if narrow
+        else "none: oneDNN does products in bf16",
         {"bytes": COMPILED_BYTES, "of one shape of a batch": once, "micro-batches": layout.varying_batches},
     )
 
