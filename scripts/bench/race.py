@@ -108,9 +108,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     for name in options.laps:
         if name not in (*LAPS, "peak"):
             parser.error(f"argument --laps: {name} is not known; choose from {', '.join(LAPS)}, peak")
-    for name in [*options.entrants, *([options.learn] if options.learn else [])]:
-        if name not in ENTRANTS:
-            parser.error(f"argument --entrants: {name} is not known; choose from {', '.join(ENTRANTS)}")
+    for option, names in (("entrants", options.entrants), ("learn", [options.learn] if options.learn else [])):
+        for name in names:
+            if name not in ENTRANTS:
+                parser.error(f"argument --{option}: {name} is not known; choose from {', '.join(ENTRANTS)}")
     options.python = dict(pair.split("=", 1) for pair in options.python)
     options.work = options.work.resolve()
     return options
